@@ -1,0 +1,56 @@
+"""exitify: early exits for a trained PyTorch model, in one artifact that runs without torch.
+
+Names are loaded when they are used: `import exitify` alone imports neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exitify.artifact.artifact import Artifact as Artifact
+    from exitify.artifact.manifest import InputContract as InputContract
+    from exitify.bench import bench as bench
+    from exitify.calibration.calibrate import calibrate as calibrate
+    from exitify.capture import capture as capture
+    from exitify.errors import ExitifyError as ExitifyError
+    from exitify.export.artifact import export as export
+    from exitify.export.static import export_static as export_static
+    from exitify.models import load_model as load_model
+    from exitify.plan import Plan as Plan
+    from exitify.program import ExitOutputs as ExitOutputs
+    from exitify.program import Program as Program
+    from exitify.runtime.session import Answer as Answer
+    from exitify.runtime.session import Session as Session
+    from exitify.train.heads import train_heads as train_heads
+    from exitify.transform import transform as transform
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Answer": "exitify.runtime.session",
+    "Artifact": "exitify.artifact.artifact",
+    "ExitOutputs": "exitify.program",
+    "ExitifyError": "exitify.errors",
+    "InputContract": "exitify.artifact.manifest",
+    "Plan": "exitify.plan",
+    "Program": "exitify.program",
+    "Session": "exitify.runtime.session",
+    "bench": "exitify.bench",
+    "calibrate": "exitify.calibration.calibrate",
+    "capture": "exitify.capture",
+    "export": "exitify.export.artifact",
+    "export_static": "exitify.export.static",
+    "load_model": "exitify.models",
+    "train_heads": "exitify.train.heads",
+    "transform": "exitify.transform",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'exitify' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,173 @@
+"""What an artifact says of itself: the manifest, the input contract, the profiles. FORMAT.md is the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from exitify.errors import DataError
+from exitify.plan import FINAL, Plan
+
+FORMAT = 1
+"""The version of the format that this release writes, and the only one it reads."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes an input, in this order.
+
+    resize: Shorter side in pixels, or `(height, width)`; None keeps the size.
+    crop: `(height, width)` cut from the centre; None keeps everything.
+    interpolation: Pillow's filter for the resize.
+    scale: Factor on the bytes 0 … 255 (1/255 usually).
+    mean, std: Subtracted and divided by, one a channel, after the scale.
+    """
+
+    resize: tuple[int, ...] | None = None
+    crop: tuple[int, int] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True)
+class InputContract:
+    """What the network reads, and what its answers are called.
+
+    shape: Without the batch, `(C, H, W)` for pictures.
+    dtype: NumPy's name.
+    color: `RGB` or `L` (grey), for pictures.
+    preprocess: None when the model came without; then pictures are refused and arrays must be ready.
+    classes: Names of the classes, empty when not known.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    color: Literal["RGB", "L"] = "RGB"
+    preprocess: Preprocess | None = None
+    classes: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Hold the contract against itself.
+
+        Raises:
+            DataError: a mean or std does not fit the channels, a std is zero, a size is not positive.
+        """
+        if not self.shape or min(self.shape) < 1:
+            raise DataError(f"the input shape {self.shape} has a dimension below 1")
+        steps = self.preprocess
+        if steps is None:
+            return
+        channels = self.shape[0]
+        for name, numbers in (("mean", steps.mean), ("std", steps.std)):
+            if len(numbers) not in (1, channels):
+                raise DataError(f"{name} has {len(numbers)} numbers, and the input {channels} channels", "give one number, or one a channel")
+        if min(abs(s) for s in steps.std) == 0:
+            raise DataError("a std is 0", "give what the training divided by")
+        if len(self.shape) != 3 or channels != {"RGB": 3, "L": 1}[self.color]:
+            raise DataError(f"a picture in {self.color} does not become an input of shape {self.shape}", "give --preprocess color=L for one channel")
+        for size in (steps.resize, steps.crop):
+            if size is not None and (len(size) not in (1, 2) or min(size) < 1 or max(size) > 16384):
+                raise DataError(f"the size {size} is no side and no (height, width)")
+
+
+@dataclass(frozen=True)
+class ModelOrigin:
+    """Where the network came from.
+
+    source: The model as the user named it (`torchvision:resnet18`), empty when it came as an object.
+    recipe: The passes that made the plan, in order; each text makes its pass again.
+    """
+
+    source: str
+    recipe: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file in the container."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The artifact's first file.
+
+    model_id: sha256 over plan, graphs and source weights; profiles, targets and device states bind to it.
+    heads_trained: Whether the heads have been trained; fresh ones say nothing.
+    """
+
+    format: int
+    exitify: str
+    model_id: str
+    model: ModelOrigin
+    input: InputContract
+    plan: Plan
+    heads_trained: bool
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExitSetting:
+    """How one exit decides.
+
+    enabled: Whether its head is run at all.
+    threshold: It is taken when its score reaches this.
+    temperature: Divides its logits.
+    """
+
+    enabled: bool
+    threshold: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a calibration promised, and what it rests on.
+
+    kind: `max-drop` (accuracy against the full network), `budget-macs` (share of its multiply-adds), `risk` (disagreement with it).
+    limit: The number asked for. confidence: Of a `risk` promise, 0 otherwise.
+    kept: Whether the promise could be made; if not, the profile takes no exit, or the best found, as `note` says.
+    samples: How many calibration samples it rests on.
+    accuracy, full_accuracy, disagreement, mean_macs_share: Of the profile on those samples, and of the full network.
+    note: What a reader must know besides, empty if nothing.
+    """
+
+    kind: Literal["max-drop", "budget-macs", "risk"]
+    limit: float
+    confidence: float
+    kept: bool
+    samples: int
+    accuracy: float
+    full_accuracy: float
+    disagreement: float
+    mean_macs_share: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """When to stop: a policy with its settings, calibrated for one model.
+
+    policy: Which score is held against the thresholds: `top1` (largest probability) or `margin`, higher is surer.
+    exits: One setting an exit of the plan.
+    final_temperature: Divides the network's own logits.
+    data: sha256 of the calibration samples' order, labels and pixels. engine: What recorded the outputs.
+    """
+
+    model_id: str
+    policy: Literal["top1", "margin"]
+    exits: Mapping[str, ExitSetting]
+    final_temperature: float
+    promise: Promise
+    engine: str
+    data: str
+
+    @property
+    def enabled(self) -> tuple[str, ...]:
+        """Names of the exits that are run, then `final`."""
+        return (*(name for name, setting in self.exits.items() if setting.enabled), FINAL)

@@ -1,0 +1,312 @@
+"""The plan: where a network may stop, and the pieces it is compiled, stored and run in.
+
+A value beside the graph (docs/decisions.md says why not in its metadata), in the standard library alone: the device reads it too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from exitify.errors import PlanError
+
+FINAL = "final"
+"""The name of the network's own answer, the last exit."""
+
+SCORES = ("top1", "entropy", "margin", "renyi_entropy")
+"""What a head's `scores` holds, in order: largest probability, entropy (nats), gap between the two largest, entropy of p²/Σp²."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a named tensor looks like.
+
+    shape: Its shape without the batch dimension.
+    dtype: NumPy's name, `float32` for instance.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one sample."""
+        return math.prod(self.shape) * {"float16": 2, "bool": 1, "uint8": 1, "int64": 8, "float64": 8}.get(self.dtype, 4)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs.
+
+    macs: Multiply-adds, torch's flop formulas / 2.
+    parameters: Weights read.
+    moved_bytes: Bytes of the tensors written.
+    """
+
+    macs: int = 0
+    parameters: int = 0
+    moved_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.parameters + other.parameters, self.moved_bytes + other.moved_bytes)
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head's shape: enough to build it again.
+
+    kind: `linear` (pool, classify), `conv` (two 3x3 convolutions with norms first), `mlp` (one hidden layer).
+    layout: How the value is laid out: `nchw`, `tokens` (N, T, C) or `vector` (N, C).
+    shape: The value's shape without the batch.
+    pool: Side of the pooling window that comes first, 1 for none; it has no weights.
+    width: Channels inside, and features that the classifier reads; for `linear` those of the value.
+    """
+
+    kind: Literal["linear", "conv", "mlp"]
+    layout: Literal["nchw", "tokens", "vector"]
+    shape: tuple[int, ...]
+    pool: int
+    width: int
+    classes: int
+
+    def __str__(self) -> str:
+        pool = f" pool {self.pool}" if self.pool > 1 else ""
+        return f"{self.kind}{pool} {'x'.join(map(str, self.shape))} -> {self.width} -> {self.classes}"
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A place where the network may stop.
+
+    name: `exit1` for instance; its weights stand under `exit_heads.<name>`.
+    after: The value that its head reads.
+    place: The module that computes this value, as the user knows it (`layer2.3`).
+
+    Whether it is taken, and when, a profile says; an exit no profile enables is not run at all.
+    """
+
+    name: str
+    after: str
+    place: str
+    head: HeadSpec
+
+    @property
+    def logits(self) -> str:
+        """Name of the head's first output, `(N, classes)` before the temperature."""
+        return f"{self.name}.logits"
+
+    @property
+    def features(self) -> str:
+        """Name of the head's second output, what its classifier reads, `(N, width)`."""
+        return f"{self.name}.z"
+
+    @property
+    def scores(self) -> str:
+        """Name of the head's third output, `(N, 4)`: `SCORES`, at the temperature."""
+        return f"{self.name}.scores"
+
+    @property
+    def weight(self) -> str:
+        """Name of the classifier's weight, `(classes, width)`, an input of the head's segment."""
+        return f"exit_heads.{self.name}.classifier.weight"
+
+    @property
+    def bias(self) -> str:
+        """Name of the classifier's bias, `(classes,)`, an input of the head's segment."""
+        return f"exit_heads.{self.name}.classifier.bias"
+
+    @property
+    def temperature(self) -> str:
+        """Name of the temperature, a scalar > 0, an input of the head's segment; a profile sets it."""
+        return f"exit_heads.{self.name}.temperature"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the graph that is compiled and stored as one unit.
+
+    kind: `trunk` always runs, `block` is the identity when left out, `head` may end the run.
+    nodes: The graph's nodes in it; segments share none.
+    inputs: Values it reads. outputs: Values that others read.
+    parameters: Tensors that it takes as inputs at run time, so that they can change without a new segment.
+    """
+
+    name: str
+    kind: Literal["trunk", "block", "head"]
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Segments that run in a row with no decision between them: one call of an engine.
+
+    exit: The exit decided upon afterwards, `final` for the last stretch.
+    """
+
+    segments: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    exit: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Exits (decisions) and segments (what follows from them), over named values.
+
+    input: The value that the caller gives. output: The network's own logits, `(N, classes)`.
+    values: Shape and dtype of every value that crosses between segments, of the input and of all outputs.
+    """
+
+    input: str
+    output: str
+    exits: tuple[ExitPoint, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+    def exit(self, name: str) -> ExitPoint:
+        """The exit of that name.
+
+        Raises:
+            PlanError: there is none; the hint lists those there are.
+        """
+        for point in self.exits:
+            if point.name == name:
+                return point
+        names = ", ".join(point.name for point in self.exits)
+        raise PlanError(f"there is no exit {name!r}", f"this network has {names or 'no early exits'}, and {FINAL}")
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Names of the exits, first to last, then `final`."""
+        return (*(point.name for point in self.exits), FINAL)
+
+    @functools.cached_property
+    def _segment_of(self) -> dict[str, Segment]:
+        return {segment.name: segment for segment in self.segments}
+
+    @functools.cached_property
+    def _producer(self) -> dict[str, Segment]:
+        return {value: segment for segment in self.segments for value in segment.outputs}
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name (KeyError: a bug, names come from the plan)."""
+        return self._segment_of[name]
+
+    def stretches(self, enabled: Collection[str]) -> tuple[Stretch, ...]:
+        """What to run, in order, when just these exits may be taken.
+
+        Reaching an exit costs the least it can: a stretch holds what its exit needs that is not computed yet, and
+        boundaries at exits that are not enabled vanish.
+        """
+        goals = [(point.name, (point.logits, point.features, point.scores)) for point in self.exits if point.name in enabled]
+        goals.append((FINAL, (self.output,)))
+        done: set[str] = set()
+        groups = []
+        for exit_name, wanted in goals:
+            needed = self._ancestors(wanted) - done
+            groups.append((exit_name, wanted, [s for s in self.segments if s.name in needed]))
+            done |= needed
+        stretches: list[Stretch] = []
+        read_later: set[str] = set()
+        for exit_name, wanted, segments in reversed(groups):
+            made = {value for segment in segments for value in segment.outputs}
+            read = _unique(value for segment in segments for value in segment.inputs if value not in made)
+            kept = _unique(value for segment in segments for value in segment.outputs if value in read_later or value in wanted)
+            parameters = _unique(name for segment in segments for name in segment.parameters)
+            cost = sum((segment.cost for segment in segments), Cost())
+            stretches.append(Stretch(tuple(s.name for s in segments), read, kept, parameters, exit_name, cost))
+            read_later |= set(read)
+        return tuple(reversed(stretches))
+
+    def macs_at(self, enabled: Collection[str]) -> dict[str, int]:
+        """Multiply-adds of a run that ends at each of these exits, the heads tried on the way counted."""
+        total, result = 0, {}
+        for stretch in self.stretches(enabled):
+            total += stretch.cost.macs
+            result[stretch.exit] = total
+        return result
+
+    @property
+    def full_macs(self) -> int:
+        """Multiply-adds of the network without any exit."""
+        return self.macs_at(())[FINAL]
+
+    def _ancestors(self, values: Collection[str]) -> set[str]:
+        """Names of the segments that these values need."""
+        needed: set[str] = set()
+        open_values = list(values)
+        while open_values:
+            segment = self._producer.get(open_values.pop())
+            if segment is not None and segment.name not in needed:
+                needed.add(segment.name)
+                open_values.extend(segment.inputs)
+        return needed
+
+    def check(self) -> None:
+        """Hold the plan against itself.
+
+        Raises:
+            PlanError: a name is used twice or not known, a segment reads what comes later, an exit lacks its head.
+        """
+        _refuse_twice("segment", [segment.name for segment in self.segments])
+        _refuse_twice("exit", [point.name for point in self.exits])
+        _refuse_twice("value", [self.input, *(value for segment in self.segments for value in segment.outputs)])
+        _refuse_twice("node", [node for segment in self.segments for node in segment.nodes])
+        known = {self.input}
+        for segment in self.segments:
+            for value in segment.inputs:
+                if value not in known:
+                    raise PlanError(f"segment {segment.name!r} reads {value!r}, which nothing before it computes")
+            known |= set(segment.outputs)
+        if not self.segments:
+            return
+        for value in known | {self.output}:
+            if value not in self.values:
+                raise PlanError(f"the plan does not say what {value!r} looks like")
+        if self.output not in known:
+            raise PlanError(f"no segment computes the network's output {self.output!r}")
+        for point in self.exits:
+            self._check_exit(point, known)
+
+    def _check_exit(self, point: ExitPoint, known: set[str]) -> None:
+        if point.name == FINAL or not point.name.isidentifier():
+            raise PlanError(f"an exit cannot be called {point.name!r}", "use letters, digits and _, and not the name 'final'")
+        shapes = {point.logits: (point.head.classes,), point.features: (point.head.width,), point.scores: (len(SCORES),)}
+        for value, shape in shapes.items():
+            if value not in known or self.values[value].shape != shape:
+                raise PlanError(f"no segment computes {value!r} with shape {shape}, as exit {point.name!r} needs")
+
+    def text(self) -> str:
+        """The plan as lines of text, the same for the same plan: for people, and for golden tests."""
+        full = max(self.full_macs, 1) if self.segments else 1
+        lines = [f"plan {self.input} -> {self.output}"]
+        reach = self.macs_at([point.name for point in self.exits]) if self.segments else {}
+        for point in self.exits:
+            share = f" at {reach[point.name] / full:.3f}" if reach else ""
+            lines.append(f"  exit {point.name} after {point.after} ({point.place}){share}: {point.head}")
+        for segment in self.segments:
+            moved = f"{', '.join(segment.inputs)} -> {', '.join(segment.outputs)}"
+            lines.append(f"  {segment.kind} {segment.name}: {moved} | {len(segment.nodes)} nodes, {segment.cost.macs} MACs")
+        return "\n".join(lines) + "\n"
+
+
+def _unique(names: object) -> tuple[str, ...]:
+    """Each name once, in order of first appearance."""
+    return tuple(dict.fromkeys(names))  # type: ignore[call-overload,no-any-return]
+
+
+def _refuse_twice(what: str, names: list[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise PlanError(f"the {what} name {name!r} is used twice")
+        seen.add(name)

@@ -1,0 +1,246 @@
+"""Program = torch.fx graph + Plan, as an ordinary `nn.Module` that a user trains, evaluates and saves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from exitify.errors import ModelError, PlanError
+from exitify.plan import FINAL, Plan, Value
+
+HEADS = "exit_heads"
+"""Where the heads' weights stand. Not `heads`: torchvision's vision transformers already have a child of that name."""
+
+
+@dataclass(frozen=True)
+class ExitOutputs:
+    """Logits of every exit, `(N, classes)` each, the network's own last.
+
+    names: The exits' names, the last one `final`.
+    logits: One tensor an exit, in the same order.
+    """
+
+    names: tuple[str, ...]
+    logits: tuple[torch.Tensor, ...]
+
+    @property
+    def final(self) -> torch.Tensor:
+        """The network's own logits."""
+        return self.logits[-1]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.logits[self.names.index(name)]
+
+
+class Program(nn.Module):
+    """A captured network with its plan.
+
+    Holds the very modules and parameters of the model it came from, under the same names; heads stand under
+    `exit_heads`. In `train()` it returns `ExitOutputs`; in `eval()` what the original returned, unless
+    `all_exits=True`. Graph and plan are never changed in place: a pass returns a new Program that shares the weights.
+
+    Attributes:
+        graph: One node a module call or function; the plan's values are its node names.
+        plan: Exits and segments.
+        values: Shape and dtype of every tensor in the graph, by node name, without the batch.
+        places: The module in which each node is computed, by node name, as the user knows it.
+        recipe: The passes applied so far, each as the text that makes it again.
+        source: The model as the user named it, empty when it came as an object.
+    """
+
+    _OWN = ("graph", "plan", "values", "places", "recipe", "source")
+
+    def __init__(
+        self,
+        members: nn.Module,
+        graph: fx.Graph,
+        plan: Plan,
+        *,
+        values: Mapping[str, Value],
+        places: Mapping[str, str],
+        recipe: tuple[str, ...] = (),
+        source: str = "",
+    ) -> None:
+        super().__init__()
+        for name in (*members._modules, *members._parameters, *members._buffers):
+            if name in self._OWN:
+                raise ModelError(f"the model has a member called {name!r}, a name that Program uses itself", "rename it in the model")
+        self._modules.update(members._modules)
+        self._parameters.update(members._parameters)
+        self._buffers.update(members._buffers)
+        self._non_persistent_buffers_set |= members._non_persistent_buffers_set
+        self.graph, self.plan, self.values, self.places = graph, plan, dict(values), dict(places)
+        self.recipe, self.source = recipe, source
+        self._functions: dict[bool, Callable[..., Any]] = {}
+        self._frozen: set[str] = set()
+        self.training = members.training
+
+    def replace(self, *, members: Mapping[str, nn.Module] | None = None, **changes: Any) -> Program:
+        """Return a Program with these parts changed and everything else, weights above all, shared.
+
+        Args:
+            members: Child modules to add.
+            **changes: `graph`, `plan`, `values`, `places`, `recipe` or `source`.
+        """
+        shell = nn.Module()
+        shell._modules.update({**self._modules, **(members or {})})
+        shell._parameters.update(self._parameters)
+        shell._buffers.update(self._buffers)
+        shell._non_persistent_buffers_set |= self._non_persistent_buffers_set
+        shell.training = self.training
+        own = {name: changes.get(name, getattr(self, name)) for name in self._OWN}
+        return Program(shell, own.pop("graph"), own.pop("plan"), **own)
+
+    def forward(self, *inputs: torch.Tensor, all_exits: bool | None = None) -> Any:
+        """Run the network.
+
+        Args:
+            *inputs: What the original model takes.
+            all_exits: True returns `ExitOutputs`, False the original output; None means True in `train()`, False in `eval()`.
+        """
+        wants_all = self.training if all_exits is None else all_exits
+        if wants_all not in self._functions:
+            self._functions[wants_all] = compile_graph(self._graph_with_exits() if wants_all else self._graph_without_exits())
+        result = self._functions[wants_all](self, *inputs)
+        return ExitOutputs(self.plan.exit_names, tuple(result)) if wants_all else result
+
+    def freeze_backbone(self) -> Program:
+        """Leave only the heads to be trained: no gradients elsewhere, and norm statistics, dropout and drop-path at rest too."""
+        self._frozen = {name for name in self._modules if name != HEADS}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(f"{HEADS}."))
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Program:
+        """Set the mode; frozen parts stay in `eval()`."""
+        super().train(mode)
+        for name in self._frozen:
+            self._modules[name].eval()  # type: ignore[union-attr]
+        return self
+
+    def head_node(self, exit_name: str) -> fx.Node:
+        """The node that calls this exit's head."""
+        target = f"{HEADS}.{exit_name}"
+        return next(node for node in self.graph.nodes if node.op == "call_module" and node.target == target)
+
+    def _graph_with_exits(self) -> fx.Graph:
+        exits = [self.head_node(name) for name in self.plan.exit_names if name != FINAL]
+        return extract(self.graph, [*exits, self._final_logits()])
+
+    def _graph_without_exits(self) -> fx.Graph:
+        graph, renamed = copy_graph(self.graph)
+        for node in reversed(graph.nodes):
+            if node.op == "call_module" and str(node.target).startswith(f"{HEADS}."):
+                graph.erase_node(node)
+        return graph
+
+    def _final_logits(self) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.name == self.plan.output)
+
+    def verify(self) -> None:
+        """Hold graph, plan and members against each other.
+
+        Raises:
+            PlanError: a plan's name is not in the graph, an exit lacks its head, segments do not cover the graph once.
+        """
+        self.graph.lint()
+        self.plan.check()
+        nodes = {node.name: node for node in self.graph.nodes}
+        for name in (self.plan.input, self.plan.output):
+            if name not in nodes:
+                raise PlanError(f"the plan names {name!r}, which the graph does not compute")
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                self.get_submodule(str(node.target))
+        for point in self.plan.exits:
+            if point.after not in nodes:
+                raise PlanError(f"exit {point.name!r} stands after {point.after!r}, which the graph does not compute")
+        self._verify_cover(nodes)
+
+    def _verify_cover(self, nodes: Mapping[str, fx.Node]) -> None:
+        if not self.plan.segments:
+            return
+        owner = {name: segment.name for segment in self.plan.segments for name in segment.nodes}
+        for name in owner:
+            if name not in nodes:
+                raise PlanError(f"segment {owner[name]!r} holds {name!r}, which the graph does not compute")
+        for name, node in nodes.items():
+            if name in self.values and node.op not in ("placeholder", "get_attr", "output") and name not in owner:
+                raise PlanError(f"no segment computes {name!r}")
+
+    def __str__(self) -> str:
+        return self.plan.text()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_functions": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        own = {"graph": copy_graph(self.graph)[0]}
+        state = {key: own[key] if key in own else copy.deepcopy(value, memo) for key, value in self.__getstate__().items()}
+        duplicate.__dict__.update(state)
+        return duplicate
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return a graph with the same nodes under the same names, and which node became which."""
+    result = fx.Graph(tracer_cls=graph._tracer_cls)
+    renamed: dict[fx.Node, fx.Node] = {}
+    output = result.graph_copy(graph, renamed)
+    for node in graph.nodes:
+        if node.op == "output":
+            renamed[node] = result.output(output)
+    return result, renamed
+
+
+def extract(graph: fx.Graph, outputs: Iterable[fx.Node], inputs: Iterable[fx.Node] = ()) -> fx.Graph:
+    """Return the part of a graph that computes `outputs` from `inputs` (and from placeholders, where no input stands before).
+
+    Placeholders stay, all of them when `inputs` is empty, so that the result is called as the original is.
+    """
+    wanted, given = list(outputs), set(inputs)
+    needed: set[fx.Node] = set()
+    pending = list(wanted)
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            if node not in given:
+                pending.extend(node.all_input_nodes)
+    result = fx.Graph(tracer_cls=graph._tracer_cls)
+    made: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in given:
+            made[node] = result.placeholder(node.name)
+        elif (node in needed and node.op != "output") or (not given and node.op == "placeholder"):
+            made[node] = result.node_copy(node, lambda n: made[n])
+    result.output(tuple(made[node] for node in wanted))
+    return result
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """Return the graph as a function of `self` (whoever holds the modules and parameters) and its placeholders."""
+    code = graph.python_code(root_module="self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<exitify program>", "exec"), scope)  # noqa: S102 - source generated by torch.fx from the graph
+    return scope["forward"]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in that mode; afterwards each of its modules in its own again."""
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was

@@ -1,0 +1,43 @@
+"""The passes, by the name that the command line and recipes use."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from typing import TYPE_CHECKING
+
+from exitify.errors import PlanError
+
+if TYPE_CHECKING:
+    from exitify.passes.base import Pass
+
+PASSES = {
+    "choose-exits": "exitify.passes.choose_exits:ChooseExits",
+    "attach-heads": "exitify.passes.attach_heads:AttachHeads",
+    "cut-segments": "exitify.passes.cut_segments:CutSegments",
+}
+
+
+def make_pass(text: str) -> Pass:
+    """Return the pass that `str(pass)` wrote: `choose-exits{exits=auto head=auto}`.
+
+    Raises:
+        PlanError: no pass has that name, or it has no such option.
+    """
+    match = re.fullmatch(r"([a-z-]+)(?:\{(.*)\})?", text)
+    if match is None or match[1] not in PASSES:
+        raise PlanError(f"there is no pass {text!r}", f"there are {', '.join(PASSES)}")
+    module, _, class_name = PASSES[match[1]].partition(":")
+    kind = getattr(importlib.import_module(module), class_name)
+    options = dict(item.split("=", 1) for item in (match[2] or "").split())
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for option in options:
+        if option not in fields:
+            raise PlanError(f"pass {match[1]!r} has no option {option!r}", f"it has {', '.join(fields) or 'none'}")
+    made: Pass = kind(**{name: type(fields[name].default)(value) for name, value in options.items()})
+    return made
+
+
+if __name__ == "passes":
+    raise ImportError("this folder is the package exitify.passes: import it by that name")

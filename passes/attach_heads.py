@@ -1,0 +1,38 @@
+"""A head at every exit of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from exitify.heads import ExitHead
+from exitify.passes.base import Pass
+from exitify.program import HEADS, Program, copy_graph
+
+
+@dataclass(frozen=True)
+class AttachHeads(Pass):
+    """Insert the heads that the plan names, untrained, as `exit_heads.<exit>`.
+
+    A head is called right after the value that it reads, so a later in-place operation on that value does not reach it.
+    Weights come from torch's global generator: seed it to get the same heads again.
+    """
+
+    name: ClassVar[str] = "attach-heads"
+
+    def apply(self, program: Program) -> Program:
+        if not program.plan.exits:
+            return program.replace()
+        graph, renamed = copy_graph(program.graph)
+        nodes = {node.name: new for node, new in renamed.items()}
+        heads = nn.ModuleDict()
+        for point in program.plan.exits:
+            heads[point.name] = ExitHead(point.head)
+            value = nodes[point.after]
+            last = value if value.op != "placeholder" else [node for node in graph.nodes if node.op == "placeholder"][-1]
+            with graph.inserting_after(last):
+                graph.call_module(f"{HEADS}.{point.name}", (value,))
+        heads.train(program.training)
+        return program.replace(graph=graph, members={HEADS: heads})

@@ -1,0 +1,57 @@
+"""What each node costs: multiply-adds, parameters, bytes written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from exitify.plan import Cost, Value
+from exitify.program import Program, extract, in_mode
+
+
+def node_costs(program: Program) -> dict[str, Cost]:
+    """Return each node's cost for one sample, by running the graph once at batch 1.
+
+    Multiply-adds are torch's own flop formulas (convolution, matmul, attention) divided by 2; norms, activations and
+    additions count as zero there, and show in the bytes.
+    """
+    costs: dict[str, Cost] = {}
+
+    class Meter(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                result = super().run_node(n)
+            if n.op in ("call_module", "call_function", "call_method"):
+                costs[n.name] = Cost(counter.get_total_flops() // 2, _parameters_read(program, n), _bytes(result))
+            return result
+
+    with in_mode(program, training=False), torch.no_grad():
+        Meter(program, graph=program.graph).run(example_input(program.values[program.plan.input]))
+    return costs
+
+
+def value_cost(program: Program, costs: dict[str, Cost], name: str) -> Cost:
+    """What it costs to compute this value and nothing else."""
+    node = next(node for node in program.graph.nodes if node.name == name)
+    needed = extract(program.graph, [node]).nodes
+    return sum((costs.get(n.name, Cost()) for n in needed), Cost())
+
+
+def example_input(value: Value, batch: int = 1) -> torch.Tensor:
+    """Zeros that look like this value."""
+    return torch.zeros(batch, *value.shape, dtype=getattr(torch, value.dtype))
+
+
+def _parameters_read(program: Program, node: fx.Node) -> int:
+    if node.op == "call_module":
+        return sum(parameter.numel() for parameter in program.get_submodule(str(node.target)).parameters())
+    read = {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+    return sum(program.get_parameter(name).numel() for name in read if name in dict(program.named_parameters()))
+
+
+def _bytes(result: Any) -> int:
+    tensors = result if isinstance(result, (tuple, list)) else (result,)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
