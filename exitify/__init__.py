@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from exitify.version import __version__
+
 if TYPE_CHECKING:
     from exitify.artifact.artifact import Artifact as Artifact
     from exitify.artifact.manifest import InputContract as InputContract
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from exitify.runtime.session import Session as Session
     from exitify.train.heads import train_heads as train_heads
     from exitify.transform import transform as transform
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Answer": "exitify.runtime.session",

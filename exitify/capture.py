@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import os
 import traceback
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,15 +48,19 @@ def capture(model: nn.Module, example: torch.Tensor, *, source: str = "") -> Pro
     with in_mode(model, training=False), torch.no_grad():
         expected = {batch: _call(model, _with_batch(example, batch)) for batch in (1, 2, 3)}
         members, graph, places = _from_exported(model) if _is_exported(model) else _trace(model)
+        source_node, result = _ends(graph)
         values = _describe_values(members, graph, example)
-        plan = _plain_plan(graph, values)
+        plan = Plan(source_node.name, result.name, values={name: values[name] for name in (source_node.name, result.name)})
         program = Program(members, graph, plan, values=values, places=places, source=source)
         program.eval()
         for batch, answer in expected.items():
             _require_same(program(_with_batch(example, batch)), answer, f"eval() at batch {batch}")
     if not _is_exported(model):
         _check_train_mode(model, program, example)
-    return program.train(was_training)
+    program.training = was_training
+    for name in program._modules.keys() - model._modules.keys():
+        program.get_submodule(name).train(was_training)  # the others are the model's own, and have their modes again
+    return program
 
 
 def _refuse_other_inputs(model: nn.Module, example: torch.Tensor) -> None:
@@ -81,7 +86,9 @@ def _call(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         ) from error
     if not isinstance(result, torch.Tensor) or result.ndim != 2 or result.shape[0] != x.shape[0]:
         shown = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
-        raise ModelError(f"the model returns {shown}, and exits need class scores of shape (N, classes)", "wrap it so that it returns the class scores alone")
+        raise ModelError(
+            f"the model returns {shown}, and exits need class scores of shape (N, classes)", "wrap it so that it returns the class scores alone"
+        )
     if result.shape[1] < 2:
         raise ModelError("the model has a single output; exits need at least two class scores", "turn the sigmoid output into two classes")
     return result
@@ -110,7 +117,8 @@ def _reads_mode(module: nn.Module) -> bool:
     code = getattr(type(module).forward, "__code__", None)
     if code is None or "training" not in code.co_names:
         return False
-    return not {function.__name__ for function in DROPOUTS} & set(code.co_names)
+    functional_names = {function.__name__ for function in DROPOUTS} - set(module._modules)  # not `self.dropout(x)`
+    return not functional_names & set(code.co_names)
 
 
 def _trace(model: nn.Module) -> tuple[nn.Module, fx.Graph, dict[str, str]]:
@@ -122,15 +130,18 @@ def _trace(model: nn.Module) -> tuple[nn.Module, fx.Graph, dict[str, str]]:
             graph = tracer.trace(model)
             break
         except Exception as error:
-            if not tracer.inside:
+            piece = next((path for path in reversed(tracer.inside) if path not in leaves), None)
+            if piece is None:
                 raise ModelError(
                     f"{type(model).__name__} cannot be traced: {_one_line(error)}{_user_line(error)}",
                     "move the part that depends on values or shapes into a submodule of its own; it is then kept as one piece",
                 ) from error
-            log.info("kept as one piece: %s (%s)", tracer.inside[-1], _one_line(error))
-            leaves.add(tracer.inside[-1])
+            log.info("kept as one piece: %s (%s)", piece, _one_line(error))
+            leaves.add(piece)
     members = _shell(model)
+    _read_what_was_written(members, graph)
     _keep_dropouts(members, graph)
+    _drop_unused(graph)
     return members, graph, {node.name: _place(node) for node in graph.nodes}
 
 
@@ -143,6 +154,37 @@ def _shell(model: nn.Module) -> nn.Module:
     shell._non_persistent_buffers_set |= model._non_persistent_buffers_set
     shell.training = model.training
     return shell
+
+
+def _read_what_was_written(members: nn.Module, graph: fx.Graph) -> None:
+    """Let whoever reads a value after it was overwritten in place read the result of that, so that the graph tells what depends on what."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        written = node.args[0] if node.args else None
+        if isinstance(written, fx.Node) and _writes_in_place(members, node):
+            for reader in [user for user in written.users if order[user] > order[node]]:
+                reader.replace_input_with(written, node)
+
+
+def _writes_in_place(members: nn.Module, node: fx.Node) -> bool:
+    """Whether this call overwrites its first argument and returns it."""
+    if node.op == "call_module":
+        module = members.get_submodule(str(node.target))
+        return type(module).__module__.startswith("torch.nn.") and getattr(module, "inplace", False) is True
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if isinstance(node.target, torch._ops.OpOverload):
+        written = node.target._schema.arguments[0].alias_info
+        return written is not None and written.is_write
+    is_underscored = str(getattr(node.target, "__name__", "")).endswith("_") and getattr(node.target, "__module__", "") != "_operator"
+    return node.op == "call_function" and (is_underscored or node.kwargs.get("inplace") is True)  # operator.and_ writes nothing
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Erase what nothing reads; if that had an effect after all, `capture` finds the answers different."""
+    for node in reversed(graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
 
 
 def _keep_dropouts(members: nn.Module, graph: fx.Graph) -> None:
@@ -171,11 +213,9 @@ def _from_exported(model: nn.Module) -> tuple[nn.Module, fx.Graph, dict[str, str
     """An exported program's graph, without the guards on its example shapes."""
     assert isinstance(model, fx.GraphModule)
     graph, _ = copy_graph(model.graph)
-    for node in reversed(graph.nodes):
-        is_guard = node.op == "call_module" and "guard" in str(node.target)
-        if is_guard or (node.op not in ("placeholder", "output") and not node.users):
-            graph.erase_node(node)
     members = _shell(model)
+    _read_what_was_written(members, graph)
+    _drop_unused(graph)
     members._modules.pop("_guards_fn", None)
     outputs = next(node for node in graph.nodes if node.op == "output")
     if isinstance(outputs.args[0], (tuple, list)):
@@ -214,14 +254,15 @@ def _shapes(members: nn.Module, graph: fx.Graph, x: torch.Tensor) -> dict[str, t
     return shapes
 
 
-def _plain_plan(graph: fx.Graph, values: Mapping[str, Value]) -> Plan:
+def _ends(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
+    """The one input and the one output."""
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     output = next(node for node in graph.nodes if node.op == "output").args[0]
     if len(inputs) != 1:
         raise ModelError(f"the model has {len(inputs)} inputs; exitify reads networks with one", "wrap it in a module with one input")
     if not isinstance(output, fx.Node):
         raise ModelError("the model returns more than class scores", "wrap it so that it returns the class scores alone")
-    return Plan(inputs[0].name, output.name, values={name: values[name] for name in (inputs[0].name, output.name)})
+    return inputs[0], output
 
 
 def _check_train_mode(model: nn.Module, program: Program, example: torch.Tensor) -> None:
@@ -229,7 +270,7 @@ def _check_train_mode(model: nn.Module, program: Program, example: torch.Tensor)
     original, captured = copy.deepcopy(model).train(), copy.deepcopy(program).train()
     x = torch.cat([_with_batch(example, 2), torch.randn_like(_with_batch(example, 2))]) if example.is_floating_point() else _with_batch(example, 4)
     answers = []
-    for module in (lambda x: original(x), lambda x: captured(x, all_exits=False)):
+    for module in (original, functools.partial(captured, all_exits=False)):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             answers.append(module(x))
@@ -255,7 +296,6 @@ def _one_line(error: BaseException) -> str:
 
 def _user_line(error: BaseException) -> str:
     """The last line of the model's own code in the traceback."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "exitify" not in f.filename]
+    ours = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-
-

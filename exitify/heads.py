@@ -24,6 +24,8 @@ class ExitHead(nn.Module):
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """Logits `(N, classes)` of a value `(N, *spec.shape)`."""
+        if torch.is_grad_enabled() and isinstance(self.pool, (nn.Identity, nn.AvgPool2d)):
+            value = value.clone()  # the backward pass reads it, and the network may have overwritten it in place by then
         logits: torch.Tensor = self.classifier(self.body(self.pool(value)))
         return logits
 
@@ -33,13 +35,13 @@ class HeadWithScores(nn.Module):
 
     def __init__(self, head: ExitHead) -> None:
         super().__init__()
-        self.head = head
+        self.pool, self.body, self.classifier = head.pool, head.body, head.classifier
         self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits `(N, classes)`, z `(N, width)`, scores `(N, 4)` as `exitify.plan.SCORES` names them."""
-        z = self.head.body(self.head.pool(value))
-        logits = self.head.classifier(z)
+        z = self.body(self.pool(value))
+        logits = self.classifier(z)
         log_p = functional.log_softmax(logits / self.temperature, dim=1)
         p = log_p.exp()
         log_q = functional.log_softmax(log_p + log_p, dim=1)  # p² / Σp²

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +19,9 @@ FINAL = "final"
 
 SCORES = ("top1", "entropy", "margin", "renyi_entropy")
 """What a head's `scores` holds, in order: largest probability, entropy (nats), gap between the two largest, entropy of p²/Σp²."""
+
+BOUNDARY_MACS = 1_000_000
+"""What deciding at an exit costs beside its head's multiply-adds, as multiply-adds: 25 µs at 40 GMAC/s, one x86 core (docs/measurements.md)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Value:
     @property
     def size_bytes(self) -> int:
         """Bytes of one sample."""
-        return math.prod(self.shape) * {"float16": 2, "bool": 1, "uint8": 1, "int64": 8, "float64": 8}.get(self.dtype, 4)
+        bits = re.search(r"\d+$", self.dtype)  # `float32`, `bfloat16`, `uint8`; `bool` alone says none
+        return math.prod(self.shape) * (int(bits[0]) // 8 if bits else 1)
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,9 @@ class Plan:
         Reaching an exit costs the least it can: a stretch holds what its exit needs that is not computed yet, and
         boundaries at exits that are not enabled vanish.
         """
-        goals = [(point.name, (point.logits, point.features, point.scores)) for point in self.exits if point.name in enabled]
+        goals: list[tuple[str, tuple[str, ...]]] = [
+            (point.name, (point.logits, point.features, point.scores)) for point in self.exits if point.name in enabled
+        ]
         goals.append((FINAL, (self.output,)))
         done: set[str] = set()
         groups = []
@@ -280,6 +287,9 @@ class Plan:
     def _check_exit(self, point: ExitPoint, known: set[str]) -> None:
         if point.name == FINAL or not point.name.isidentifier():
             raise PlanError(f"an exit cannot be called {point.name!r}", "use letters, digits and _, and not the name 'final'")
+        answer = self._producer.get(self.output)
+        if answer is not None and answer.name in self._ancestors((point.logits,)):
+            raise PlanError(f"exit {point.name!r} needs the network's own output", "exit before it")
         shapes = {point.logits: (point.head.classes,), point.features: (point.head.width,), point.scores: (len(SCORES),)}
         for value, shape in shapes.items():
             if value not in known or self.values[value].shape != shape:
@@ -299,9 +309,9 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def _unique(names: object) -> tuple[str, ...]:
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
     """Each name once, in order of first appearance."""
-    return tuple(dict.fromkeys(names))  # type: ignore[call-overload,no-any-return]
+    return tuple(dict.fromkeys(names))
 
 
 def _refuse_twice(what: str, names: list[str]) -> None:

@@ -95,7 +95,9 @@ class Program(nn.Module):
         shell._non_persistent_buffers_set |= self._non_persistent_buffers_set
         shell.training = self.training
         own = {name: changes.get(name, getattr(self, name)) for name in self._OWN}
-        return Program(shell, own.pop("graph"), own.pop("plan"), **own)
+        result = Program(shell, own.pop("graph"), own.pop("plan"), **own)
+        result._frozen = set(self._frozen)
+        return result
 
     def forward(self, *inputs: torch.Tensor, all_exits: bool | None = None) -> Any:
         """Run the network.
@@ -112,7 +114,7 @@ class Program(nn.Module):
 
     def freeze_backbone(self) -> Program:
         """Leave only the heads to be trained: no gradients elsewhere, and norm statistics, dropout and drop-path at rest too."""
-        self._frozen = {name for name in self._modules if name != HEADS}
+        self._frozen = {name for name, module in self._modules.items() if module is not None and name != HEADS}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(f"{HEADS}."))
         return self.train(self.training)
@@ -124,24 +126,31 @@ class Program(nn.Module):
             self._modules[name].eval()  # type: ignore[union-attr]
         return self
 
+    def _node(self, name: str) -> fx.Node:
+        found: fx.Node = next(node for node in self.graph.nodes if node.name == name)
+        return found
+
     def head_node(self, exit_name: str) -> fx.Node:
-        """The node that calls this exit's head."""
-        target = f"{HEADS}.{exit_name}"
-        return next(node for node in self.graph.nodes if node.op == "call_module" and node.target == target)
+        """The node that calls this exit's head.
+
+        Raises:
+            PlanError: the plan's exit has no head yet.
+        """
+        calls = [node.name for node in self.graph.nodes if node.op == "call_module" and node.target == f"{HEADS}.{exit_name}"]
+        if not calls:
+            raise PlanError(f"exit {exit_name!r} has no head", "apply the pass attach-heads first")
+        return self._node(calls[0])
 
     def _graph_with_exits(self) -> fx.Graph:
         exits = [self.head_node(name) for name in self.plan.exit_names if name != FINAL]
-        return extract(self.graph, [*exits, self._final_logits()])
+        return extract(self.graph, [*exits, self._node(self.plan.output)])
 
     def _graph_without_exits(self) -> fx.Graph:
-        graph, renamed = copy_graph(self.graph)
+        graph, _ = copy_graph(self.graph)
         for node in reversed(graph.nodes):
             if node.op == "call_module" and str(node.target).startswith(f"{HEADS}."):
                 graph.erase_node(node)
         return graph
-
-    def _final_logits(self) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.name == self.plan.output)
 
     def verify(self) -> None:
         """Hold graph, plan and members against each other.
@@ -170,8 +179,8 @@ class Program(nn.Module):
         for name in owner:
             if name not in nodes:
                 raise PlanError(f"segment {owner[name]!r} holds {name!r}, which the graph does not compute")
-        for name, node in nodes.items():
-            if name in self.values and node.op not in ("placeholder", "get_attr", "output") and name not in owner:
+        for name in carriers(self.graph, self.plan.input):
+            if name != self.plan.input and name not in owner:
                 raise PlanError(f"no segment computes {name!r}")
 
     def __str__(self) -> str:
@@ -198,6 +207,30 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
         if node.op == "output":
             renamed[node] = result.output(output)
     return result, renamed
+
+
+def carriers(graph: fx.Graph, start: str) -> list[str]:
+    """Return `start` and, in order, the nodes computed from what it holds.
+
+    Left out: parameters and what is computed from them alone, and what reads only a tensor's size, type or device:
+    every segment can work those out for itself. A node that uses a size is a carrier only if it reads a carrier too.
+    """
+    carrying: dict[str, None] = {}
+    for node in graph.nodes:
+        is_start = node.op == "placeholder" and node.name == start
+        is_computed = node.op not in ("output", "placeholder", "get_attr") and not _reads_no_values(node)
+        if is_start or (is_computed and any(source.name in carrying for source in node.all_input_nodes)):
+            carrying[node.name] = None
+    return list(carrying)
+
+
+def _reads_no_values(node: fx.Node) -> bool:
+    """Whether this node asks a tensor for its size, type or device."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_function" and "sym_size" in str(node.target)
 
 
 def extract(graph: fx.Graph, outputs: Iterable[fx.Node], inputs: Iterable[fx.Node] = ()) -> fx.Graph:

@@ -34,7 +34,10 @@ def dumps(record: Any) -> bytes:
 def loads(text: bytes, where: str) -> Any:
     """Return the JSON values in `text`; NaN, infinities, duplicate keys and bottomless nesting are errors."""
     try:
-        return json.loads(text.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        values = json.loads(text.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        if b"\\u" in text:
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half a surrogate pair, which could not be written again
+        return values
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where} is not JSON that exitify reads: {error}") from error
 
@@ -106,14 +109,17 @@ def _decode_optional(choices: tuple[Any, ...], data: Any, where: str) -> Any:
     return _decode(kinds[0], data, where)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _type_hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
 def _require(holds: bool, expected: str, data: Any, where: str) -> None:
     if not holds:
-        shown = repr(data)
+        try:
+            shown = repr(data)
+        except (ValueError, RecursionError):  # thousands of digits, or of brackets
+            shown = f"an over-long {type(data).__name__}"
         raise RecordError(f"{where} is {shown[:60] + '…' if len(shown) > 60 else shown}, not {expected}")
 
 

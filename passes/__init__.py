@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exitify.errors import PlanError
 
@@ -30,12 +30,13 @@ def make_pass(text: str) -> Pass:
         raise PlanError(f"there is no pass {text!r}", f"there are {', '.join(PASSES)}")
     module, _, class_name = PASSES[match[1]].partition(":")
     kind = getattr(importlib.import_module(module), class_name)
-    options = dict(item.split("=", 1) for item in (match[2] or "").split())
+    options = dict(item.partition("=")[::2] for item in re.split(r" (?=\w+=)", match[2] or "") if item)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for option in options:
         if option not in fields:
             raise PlanError(f"pass {match[1]!r} has no option {option!r}", f"it has {', '.join(fields) or 'none'}")
-    made: Pass = kind(**{name: type(fields[name].default)(value) for name, value in options.items()})
+    kinds: dict[str, Any] = {name: type(field.default) for name, field in fields.items()}
+    made: Pass = kind(**{name: kinds[name](value) for name, value in options.items()})
     return made
 
 

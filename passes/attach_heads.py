@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from exitify.errors import PlanError
 from exitify.heads import ExitHead
 from exitify.passes.base import Pass
 from exitify.program import HEADS, Program, copy_graph
@@ -25,6 +26,8 @@ class AttachHeads(Pass):
     def apply(self, program: Program) -> Program:
         if not program.plan.exits:
             return program.replace()
+        if HEADS in program._modules:
+            raise PlanError(f"the network has a module {HEADS!r} already", "transform the original model; if the module is its own, rename it")
         graph, renamed = copy_graph(program.graph)
         nodes = {node.name: new for node, new in renamed.items()}
         heads = nn.ModuleDict()

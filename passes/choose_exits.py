@@ -11,11 +11,8 @@ from exitify.heads import ExitHead
 from exitify.passes.base import Pass
 from exitify.passes.cost import example_input, node_costs, value_cost
 from exitify.passes.dataflow import cut_values, dataflow
-from exitify.plan import Cost, ExitPoint, HeadSpec, Value
+from exitify.plan import BOUNDARY_MACS, Cost, ExitPoint, HeadSpec, Value
 from exitify.program import Program
-
-BOUNDARY_MACS = 1_000_000
-"""What a boundary between two segments costs, as multiply-adds: 25 µs at 40 GMAC/s, one x86 core (docs/measurements.md)."""
 
 OVERHEAD_SHARE = 0.08
 """`auto` places as many exits as heads and boundaries together may add to a run that takes none of them, …"""
@@ -71,17 +68,15 @@ class ChooseExits(Pass):
             raise PlanError("this network has exits already", "transform the original model")
         costs = node_costs(program)
         full = value_cost(program, costs, program.plan.output)
-        if self.exits not in ("auto", "none") and not self.exits.isdigit():
-            values = [_find_value(program, name) for name in self.exits.split(",")]
+        if self.exits not in ("auto", "none") and not self.exits.isdecimal():
+            values = [_find_value(program, name.strip()) for name in self.exits.split(",")]
             shares = {value: value_cost(program, costs, value).macs / max(full.macs, 1) for value in values}
             chosen = sorted(dict.fromkeys(values), key=lambda value: (shares[value], list(program.values).index(value)))
             heads = [self._head_for(program, value, full) for value in chosen]
             considered = [Considered(value, program.places[value], shares[value], "exit") for value in chosen]
         else:
             chosen, heads, considered = self._spaced(program, costs, full)
-        points = tuple(
-            ExitPoint(f"exit{i}", value, program.places[value] or value, head) for i, (value, head) in enumerate(zip(chosen, heads), 1)
-        )
+        points = tuple(ExitPoint(f"exit{i}", value, program.places[value] or value, head) for i, (value, head) in enumerate(zip(chosen, heads), 1))
         return points, considered
 
     def _spaced(self, program: Program, costs: dict[str, Cost], full: Cost) -> tuple[list[str], list[HeadSpec], list[Considered]]:
@@ -118,11 +113,13 @@ class ChooseExits(Pass):
             mean = sum(overhead.values()) / len(overhead) if overhead else math.inf
             return min(MOST_EXITS, len(overhead), int(OVERHEAD_SHARE / mean))
         if int(self.exits) > len(overhead):
-            raise PlanError(f"{self.exits} exits asked for, and the network has {len(overhead)} places for one", "`--exits auto`, or a smaller number")
+            raise PlanError(
+                f"{self.exits} exits asked for, and the network has {len(overhead)} places for one", "`--exits auto`, or a smaller number"
+            )
         return int(self.exits)
 
     def _why_none(self, overhead: dict[str, float]) -> str:
-        if self.exits == "none" or not overhead:
+        if self.exits != "auto":
             return "no exits asked for"
         return f"an exit would add {min(overhead.values()):.0%} to every run that passes it, over {OVERHEAD_SHARE:.0%}"
 
@@ -130,6 +127,8 @@ class ChooseExits(Pass):
         classes = program.values[program.plan.output].shape[-1]
         if self.head not in ("auto", "linear", "conv", "mlp"):
             raise PlanError(f"there is no head {self.head!r}", "there are auto, linear, conv, mlp")
+        if value == program.plan.output:
+            raise PlanError(f"cannot exit after {value!r}: it is the network's own answer", "exit after an earlier block")
         if value not in program.values:
             raise PlanError(f"cannot exit after {value!r}: its first dimension is not the batch", "exit after a block of the network")
         if self.head != "auto":

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NEVER = np.inf
-"""The threshold of an exit that is never taken."""
+"""The threshold of an exit that is not taken, and therefore not run."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Recorded:
 
     confidence: `(K, N)`, higher is surer, of the K early exits.
     loss: `(K + 1, N)`, what it costs to answer with exit k; the last row is the full network's.
-    reach_cost: `(K + 1,)`, cost of a run that ends at k when all K exits are tried on the way.
-    try_cost: `(K,)`, what trying exit k adds to a run that goes on.
+    reach_cost: `(K + 1,)`, cost of computing what exit k reads, no head counted; the last is the full network's.
+    try_cost: `(K,)`, what running exit k's head adds for every sample that comes by.
     """
 
     confidence: NDArray[np.float64]
@@ -36,11 +36,10 @@ class Recorded:
         """The same for these samples only."""
         return Recorded(self.confidence[:, rows], self.loss[:, rows], self.reach_cost, self.try_cost)
 
-    def without(self, k: int) -> Recorded:
-        """The same network with exit k removed: it is no longer tried, so later exits are reached for less."""
-        reach = self.reach_cost - np.where(np.arange(len(self.reach_cost)) >= k, self.try_cost[k], 0.0)
-        drop = lambda rows: np.delete(rows, k, axis=0)  # noqa: E731
-        return Recorded(drop(self.confidence), drop(self.loss), np.delete(reach, k), np.delete(self.try_cost, k))
+    def cost(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Cost of a run that ends at each exit, `(K + 1,)`: the heads that are run on the way counted."""
+        tried = np.cumsum(np.where(thresholds < NEVER, self.try_cost, 0.0))
+        return self.reach_cost + np.append(tried, tried[-1:].sum())
 
 
 def exits_taken(confidence: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -52,11 +51,13 @@ def exits_taken(confidence: NDArray[np.float64], thresholds: NDArray[np.float64]
 def judge(recorded: Recorded, thresholds: NDArray[np.float64]) -> tuple[float, float]:
     """Return mean loss and mean cost under these thresholds."""
     taken = exits_taken(recorded.confidence, thresholds)
-    return float(recorded.loss[taken, np.arange(len(taken))].mean()), float(recorded.reach_cost[taken].mean())
+    return float(recorded.loss[taken, np.arange(len(taken))].mean()), float(recorded.cost(thresholds)[taken].mean())
 
 
 def optimise(recorded: Recorded, price: float, start: NDArray[np.float64], rounds: int = 30) -> NDArray[np.float64]:
-    """Return thresholds that no single change improves, for the objective cost + price * loss.
+    """Return thresholds that no change of a single one improves, for the objective cost + price * loss.
+
+    An exit is switched on only where what it saves pays for its head, which every sample that comes by runs.
 
     Args:
         recorded: K exits, N samples.
@@ -64,37 +65,47 @@ def optimise(recorded: Recorded, price: float, start: NDArray[np.float64], round
         start: `(K,)` thresholds to begin with.
     """
     count, samples = recorded.confidence.shape
-    objective = recorded.reach_cost[:, None] + price * recorded.loss
+    everyone = np.arange(samples)
     thresholds = start.copy()
     for _ in range(rounds):
         before = thresholds.copy()
         for k in range(count):
             waits = (recorded.confidence[:k] < thresholds[:k, None]).all(axis=0)
-            later = thresholds.copy()
-            later[: k + 1] = NEVER
-            fallback = objective[exits_taken(recorded.confidence, later), np.arange(samples)]
-            thresholds[k] = _best_threshold(recorded.confidence[k, waits], (objective[k] - fallback)[waits])
+            without = thresholds.copy()
+            without[k] = NEVER
+            objective = recorded.cost(without)[:, None] + price * recorded.loss
+            without[:k] = NEVER
+            fallback = objective[exits_taken(recorded.confidence, without), everyone]
+            gain = (objective[k] - fallback)[waits]
+            thresholds[k] = _best_threshold(recorded.confidence[k, waits], gain, float(recorded.try_cost[k]) * int(waits.sum()))
         if np.array_equal(before, thresholds):
             break
     return thresholds
 
 
-def _best_threshold(confidence: NDArray[np.float64], gain: NDArray[np.float64]) -> float:
-    """The threshold for which the gains of the samples at or above it sum to the least; `NEVER` when none is below zero."""
+def _best_threshold(confidence: NDArray[np.float64], gain: NDArray[np.float64], fee: float) -> float:
+    """The threshold for which the gains of the samples at or above it sum to the least.
+
+    `NEVER` when that sum does not undercut minus the fee for running the head at all.
+    """
     if not len(confidence):
         return float(NEVER)
     order = np.argsort(-confidence, kind="stable")
     ranked, total = confidence[order], np.cumsum(gain[order])
     total[:-1][ranked[:-1] == ranked[1:]] = np.inf  # equal confidences leave together
     best = int(total.argmin())
-    if total[best] >= 0:
+    if total[best] + fee >= 0:
         return float(NEVER)
     following = ranked[best + 1] if best + 1 < len(ranked) else ranked[best]
     return float((ranked[best] + following) / 2)
 
 
 def price_path(recorded: Recorded, steps: int = 60) -> Iterator[NDArray[np.float64]]:
-    """Yield thresholds from the safest (errors priced highest) to the cheapest, each started from the one before."""
+    """Yield thresholds from the safest (errors priced highest) to the cheapest, each started from the one before.
+
+    The prices, in units of the full network's cost, are the same for every recording, so that paths over different
+    samples can be compared step by step.
+    """
     scale = float(recorded.reach_cost[-1])
     thresholds = np.full(len(recorded.confidence), NEVER)
     for price in np.geomspace(3000.0, 0.3, steps):

@@ -1,0 +1,1 @@
+"""Out of torch: a Program as an artifact, and an artifact as one static ONNX network."""

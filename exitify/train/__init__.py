@@ -1,0 +1,1 @@
+"""Training of what was added, never of what was given."""

@@ -1,0 +1,35 @@
+"""The engines by name. Each imports its library when it is asked for."""
+
+from __future__ import annotations
+
+from exitify.artifact.artifact import Artifact
+from exitify.errors import EngineError
+from exitify.runtime.engines.base import Engine
+
+ENGINES = ("auto", "onnxruntime", "reference")
+
+
+def make_engine(name: str, artifact: Artifact, threads: int) -> Engine:
+    """Return the engine of this name over an artifact.
+
+    Args:
+        name: `auto` (the best one installed), `onnxruntime`, `onnxruntime:cuda`, `onnxruntime:tensorrt`, or `reference`.
+        threads: How many threads one call may use.
+
+    Raises:
+        EngineError: there is no such engine, or its library is missing.
+    """
+    kind, _, provider = name.partition(":")
+    if kind not in ENGINES:
+        raise EngineError(f"there is no engine {name!r}", f"there are {', '.join(ENGINES)}")
+    try:
+        if kind == "reference":
+            from exitify.runtime.engines.reference import ReferenceEngine
+
+            return ReferenceEngine(artifact, threads)
+        from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(artifact, threads, provider or "cpu")
+    except ModuleNotFoundError as error:
+        extra = "transform" if kind == "reference" else "ort"
+        raise EngineError(f"the engine {name!r} needs {error.name}, which is not installed", f"pip install 'exitify[{extra}]'") from error

@@ -1,0 +1,172 @@
+"""The artifact against the same network untransformed: same process, same threads, in turn, sample by sample."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitify.artifact.artifact import Artifact
+from exitify.data import Samples
+from exitify.errors import DataError, ExitifyError
+from exitify.progress import Progress, silent
+from exitify.runtime.session import Session
+
+AGAINST = ("onnxruntime", "torch", "inductor")
+
+WARM_UP = 30
+"""Samples run before the clock counts."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender: wall-clock per sample in ms, and how often it was right.
+
+    mean_ratio: The median over blocks of 50 samples of its mean time over the first contender's; spread: the quartiles.
+    """
+
+    name: str
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+    accuracy: float
+    mean_ratio: float
+    spread: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Times of all contenders, the artifact last; and what the artifact did.
+
+    exits: Share of the samples that left at each exit. mean_macs_share: Of the full network's multiply-adds.
+    """
+
+    timings: tuple[Timing, ...]
+    exits: dict[str, float]
+    mean_macs_share: float
+    samples: int
+    threads: int
+
+
+def bench(
+    artifact: Artifact,
+    samples: Samples,
+    *,
+    against: Sequence[str] = ("onnxruntime",),
+    profile: str | None = None,
+    engine: str = "auto",
+    threads: int = 1,
+    most: int = 1000,
+    model: Any = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> BenchReport:
+    """Time the artifact at batch 1 against the network without exits.
+
+    Args:
+        artifact: With or without profiles.
+        samples: What to answer; a random `most` of them.
+        against: `onnxruntime` (one graph, bound buffers), `torch` and `inductor` (these need `model`).
+        profile: See `Session`.
+        engine, threads: What runs the artifact; all contenders use as many threads.
+        model: The original module, for torch.
+        seed: Of the choice of samples.
+
+    Raises:
+        ExitifyError: an unknown contender, or torch without the model.
+    """
+    session = Session(artifact, engine=engine, profile=profile, threads=threads)
+    contenders: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {}
+    for name in against:
+        if name not in AGAINST:
+            raise ExitifyError(f"there is no contender {name!r}", f"there are {', '.join(AGAINST)}")
+        contenders[name] = _one_graph(artifact, threads) if name == "onnxruntime" else _in_torch(model, threads, name)
+    rows = np.random.default_rng(seed).permutation(len(samples))[:most]
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} samples are too few to time", "give a few hundred")
+    labels = samples.labels[rows]
+    times = {name: np.zeros(len(rows)) for name in (*contenders, "exitify")}
+    right = dict.fromkeys(times, 0)
+    left: Counter[str] = Counter()
+    macs = 0
+    inputs = samples.inputs(rows[: min(WARM_UP, len(rows))])
+    for i in range(len(inputs)):
+        for answer in contenders.values():
+            answer(inputs[i : i + 1])
+        session.run(inputs[i : i + 1])
+    for i, row in enumerate(rows):
+        if i % 50 == 0:
+            progress("timing", i, len(rows))
+        x = samples.inputs(rows[i : i + 1])
+        for name, answer in contenders.items():
+            started = time.perf_counter_ns()
+            logits = answer(x)
+            times[name][i] = (time.perf_counter_ns() - started) / 1e6
+            right[name] += int(logits.argmax()) == labels[i]
+        started = time.perf_counter_ns()
+        result = session.run(x)
+        times["exitify"][i] = (time.perf_counter_ns() - started) / 1e6
+        right["exitify"] += result.label == samples.labels[row]
+        left[result.exit] += 1
+        macs += result.macs
+    progress("timing", len(rows), len(rows))
+    first = times[next(iter(times))]
+    timings = tuple(_summary(name, values, first, right[name] / len(rows)) for name, values in times.items())
+    exits = {name: left[name] / len(rows) for name in artifact.plan.exit_names}
+    return BenchReport(timings, exits, macs / len(rows) / artifact.plan.full_macs, len(rows), threads)
+
+
+def _summary(name: str, values: NDArray[np.float64], first: NDArray[np.float64], accuracy: float) -> Timing:
+    blocks = np.array_split(np.arange(len(values)), max(1, len(values) // 50))
+    ratios = np.array([values[block].mean() / first[block].mean() for block in blocks])
+    low, middle, high = np.percentile(ratios, (25, 50, 75))
+    p50, p95 = np.percentile(values, (50, 95))
+    return Timing(name, float(values.mean()), float(p50), float(p95), accuracy, float(middle), (float(low), float(high)))
+
+
+def _one_graph(artifact: Artifact, threads: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """The network without exits as one ONNX graph in ONNX Runtime, buffers bound once: nothing of ours in its way."""
+    import onnxruntime as ort
+
+    from exitify.export.static import export_static
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    network = ort.InferenceSession(export_static(artifact).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    plan = artifact.plan
+    x = np.zeros((1, *plan.values[plan.input].shape), plan.values[plan.input].dtype)
+    logits = np.zeros((1, *plan.values[plan.output].shape), np.float32)
+    binding = network.io_binding()
+    binding.bind_ortvalue_input(plan.input, ort.OrtValue.ortvalue_from_numpy(x))
+    binding.bind_ortvalue_output(plan.output, ort.OrtValue.ortvalue_from_numpy(logits))
+
+    def answer(given: NDArray[Any]) -> NDArray[Any]:
+        np.copyto(x, given)
+        network.run_with_iobinding(binding)
+        return logits
+
+    return answer
+
+
+def _in_torch(model: Any, threads: int, name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    if model is None:
+        raise ExitifyError(f"timing against {name} needs the original model", "give --model MODEL, with --weights if it needs them")
+    import torch
+
+    torch.set_num_threads(threads)
+    network = model.eval()
+    if name == "inductor":
+        network = torch.compile(network)
+
+    def answer(given: NDArray[Any]) -> NDArray[Any]:
+        with torch.inference_mode():
+            result: NDArray[Any] = network(torch.from_numpy(given)).numpy()
+        return result
+
+    return answer

@@ -1,0 +1,325 @@
+"""From labelled samples to a profile: temperatures, thresholds, and the promise they keep."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitify.artifact.artifact import Artifact, check_profile_name
+from exitify.artifact.manifest import ExitSetting, Profile, Promise
+from exitify.calibration.bounds import samples_needed, upper_bound
+from exitify.calibration.temperature import fit_temperature, log_softmax
+from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path
+from exitify.data import Samples
+from exitify.errors import CalibrationError
+from exitify.plan import BOUNDARY_MACS, Plan
+from exitify.progress import Progress, silent
+from exitify.runtime.session import Session
+
+log = logging.getLogger(__name__)
+
+FOLDS = 5
+"""Parts of the calibration samples; each is judged with thresholds found on the others."""
+
+SEARCH_SHARE = 0.4
+"""Of a risk promise's samples, the share on which thresholds are searched; the bound is computed on the rest."""
+
+FEWEST_SAMPLES = 50
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Logits of every exit on the calibration samples, and their labels.
+
+    logits: `(K + 1, N, classes)`, the network's own last. labels: `(N,)`.
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    def select(self, rows: NDArray[np.integer]) -> Outputs:
+        """The same for these samples only."""
+        return Outputs(self.logits[:, rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What calibration decides.
+
+    thresholds: One an exit, `NEVER` for those switched off. temperatures: One an exit, the network's own last.
+    """
+
+    thresholds: NDArray[np.float64]
+    temperatures: NDArray[np.float64]
+    promise: Promise
+
+
+def calibrate(
+    artifact: Artifact,
+    samples: Samples,
+    *,
+    max_drop: float | None = None,
+    budget_macs: float | None = None,
+    risk: tuple[float, float] | None = None,
+    name: str = "default",
+    policy: Literal["top1", "margin"] = "top1",
+    engine: str = "auto",
+    threads: int = 1,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Artifact:
+    """Return the artifact with a profile that keeps one promise.
+
+    Args:
+        artifact: With trained heads.
+        samples: Pictures and labels that the network was not trained on.
+        max_drop: Accuracy may fall by this much below the full network's, in [0, 1].
+        budget_macs: Mean cost, as a share of the full network's multiply-adds.
+        risk: `(rate, confidence)`: answers differ from the full network's in at most this share, at this confidence.
+        name: The profile's.
+        policy: The score to decide by.
+        engine, threads: What records the outputs.
+        seed: Of the folds.
+
+    Raises:
+        CalibrationError: no or several promises asked for, heads not trained, too few samples for the promise.
+    """
+    _check_request(artifact, max_drop, budget_macs, risk)
+    check_profile_name(name)
+    outputs = record_outputs(artifact, samples, engine=engine, threads=threads, progress=progress)
+    progress("searching thresholds", 0, 1)
+    if max_drop is not None:
+        settings = settle_max_drop(outputs, artifact.plan, max_drop, policy=policy, seed=seed)
+    elif budget_macs is not None:
+        settings = settle_budget(outputs, artifact.plan, budget_macs, policy=policy, seed=seed)
+    else:
+        assert risk is not None
+        settings = settle_risk(outputs, artifact.plan, *risk, policy=policy, seed=seed)
+    progress("searching thresholds", 1, 1)
+    warning = looks_memorised(settings)
+    if warning:
+        log.warning(warning)
+        settings = replace(settings, promise=replace(settings.promise, note=" ".join(filter(None, (settings.promise.note, warning)))))
+    exits = {
+        point.name: ExitSetting(bool(threshold < NEVER), float(min(threshold, 2.0)), float(temperature))
+        for point, threshold, temperature in zip(artifact.plan.exits, settings.thresholds, settings.temperatures)
+    }
+    profile = Profile(
+        artifact.manifest.model_id, policy, exits, float(settings.temperatures[-1]), settings.promise, engine=Session(artifact, engine=engine).engine.name, data=samples.identity()
+    )  # fmt: skip
+    return artifact.with_profile(name, profile)
+
+
+def record_outputs(artifact: Artifact, samples: Samples, *, engine: str = "auto", threads: int = 1, progress: Progress = silent) -> Outputs:
+    """Run all samples through every exit."""
+    session = Session(artifact, engine=engine, threads=threads)
+    names = artifact.plan.exit_names
+    parts: list[NDArray[np.float32]] = []
+    done = 0
+    for inputs, labels in samples.batches(250):
+        progress("recording outputs", done, len(samples))
+        logits = session.record(inputs).logits
+        parts.append(np.stack([logits[name] for name in names]))
+        done += len(labels)
+    progress("recording outputs", done, len(samples))
+    return Outputs(np.concatenate(parts, axis=1), samples.labels)
+
+
+def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: str = "top1", seed: int = 0) -> Settings:
+    """The cheapest thresholds whose accuracy, judged on samples they were not found on, falls by no more than `max_drop`.
+
+    A search over thresholds flatters itself on its own samples (here by 0.4 points), so each fold is judged with the
+    thresholds that the others would have chosen at the same price of errors, and the price is chosen by that.
+    """
+    path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
+    kept = np.flatnonzero(held_out.drop <= max_drop)
+    best = int(kept[held_out.cost[kept].argmin()]) if len(kept) else 0
+    note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {held_out.drop_error[best] * 100:.2f} points."
+    return _settled(path[best], temperatures, held_out, best, Promise("max-drop", max_drop, 0.0, True, len(outputs.labels), 0, 0, 0, 0, note))
+
+
+def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = "top1", seed: int = 0) -> Settings:
+    """The most accurate thresholds whose mean cost is within the budget."""
+    path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
+    within = np.flatnonzero(held_out.macs <= budget)
+    kept = bool(len(within))
+    best = int(within[held_out.drop[within].argmin()]) if kept else int(held_out.macs.argmin())
+    note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {held_out.drop_error[best] * 100:.2f} points."
+    if not kept:
+        note = f"a mean of {budget:g} of the multiply-adds cannot be reached, {held_out.macs[best]:.3f} is the least; " + note
+    return _settled(path[best], temperatures, held_out, best, Promise("budget-macs", budget, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, note))
+
+
+def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *, policy: str = "top1", seed: int = 0) -> Settings:
+    """The cheapest thresholds of which it is proven that they change at most `rate` of the full network's answers.
+
+    Thresholds, from safest to cheapest, come from one part of the samples. On the other part each is tested in this order
+    with a one-sided binomial bound, until one fails; the one before it is taken. Testing in a fixed order, found on other
+    samples, needs no correction for having looked at many (fixed-sequence testing; Angelopoulos et al. 2021,
+    arXiv:2110.01052, section 2).
+
+    Raises:
+        CalibrationError: so few samples that even full agreement among them would prove nothing.
+    """
+    order = np.random.default_rng(seed).permutation(len(outputs.labels))
+    searched = round(SEARCH_SHARE * len(order))
+    search, test = outputs.select(order[:searched]), outputs.select(order[searched:])
+    needed = samples_needed(rate, confidence)
+    if len(test.labels) < needed:
+        raise CalibrationError(
+            f"{len(outputs.labels)} samples cannot prove a disagreement of at most {rate:g} at {confidence:g}",
+            f"give at least {int(np.ceil(needed / (1 - SEARCH_SHARE)))}, or ask for less",
+        )
+    temperatures = _temperatures(search)
+    recorded = _recorded(search, temperatures, plan, policy, _disagreement(search))
+    tested = _recorded(test, temperatures, plan, policy, _disagreement(test, smooth=False))
+    chosen = np.full(len(plan.exits), NEVER)
+    for thresholds in price_path(recorded):
+        failures = round(judge(tested, thresholds)[0] * len(test.labels))
+        if upper_bound(failures, len(test.labels), confidence) > rate:
+            break
+        chosen = thresholds
+    taken = exits_taken(tested.confidence, chosen)
+    everyone = np.arange(len(taken))
+    predictions = test.logits.argmax(axis=2)
+    disagreement = float((predictions[taken, everyone] != predictions[-1]).mean())
+    bound = upper_bound(round(disagreement * len(taken)), len(taken), confidence)
+    promise = Promise(
+        "risk", rate, confidence, True, len(outputs.labels),
+        accuracy=float((predictions[taken, everyone] == test.labels).mean()),
+        full_accuracy=float((predictions[-1] == test.labels).mean()),
+        disagreement=disagreement,
+        mean_macs_share=float(_macs(plan, chosen)[taken].mean()),
+        note=f"at most {bound * 100:.2f} % disagreement at {confidence:g}, proven on {len(taken)} of the samples.",
+    )  # fmt: skip
+    return Settings(chosen, temperatures, promise)
+
+
+def looks_memorised(settings: Settings) -> str:
+    """A warning when the samples look like ones that the network was trained on, else an empty text."""
+    promise = settings.promise
+    if promise.full_accuracy > 0.99 and settings.temperatures[-1] < 1.0:
+        return (
+            f"The network is right on {promise.full_accuracy:.2%} of these samples and too modest about it (temperature {settings.temperatures[-1]:.2f}): "
+            "they look memorised. Calibrate on samples that it was not trained on."
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """The steps of the path, each judged on samples that its thresholds were not found on: one number a step."""
+
+    drop: NDArray[np.float64]
+    drop_error: NDArray[np.float64]
+    disagreement: NDArray[np.float64]
+    cost: NDArray[np.float64]
+    macs: NDArray[np.float64]
+    full_accuracy: float
+
+
+def _cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[list[NDArray[np.float64]], _HeldOut, NDArray[np.float64]]:
+    """The path over all samples, and how its prices fare on samples held out."""
+    temperatures = _temperatures(outputs)
+    recorded = _recorded(outputs, temperatures, plan, policy, _excess_error(outputs, temperatures))
+    path = list(price_path(recorded))
+    count = len(outputs.labels)
+    predictions = outputs.logits.argmax(axis=2)
+    right = predictions == outputs.labels
+    drop, differs, cost, macs = (np.zeros((len(path), count)) for _ in range(4))
+    folds = np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
+    for fold in folds:
+        others = np.setdiff1d(np.arange(count), fold)
+        for step, thresholds in enumerate(price_path(recorded.select(others))):
+            taken = exits_taken(recorded.confidence[:, fold], thresholds)
+            drop[step, fold] = right[-1, fold].astype(float) - right[taken, fold]
+            differs[step, fold] = predictions[taken, fold] != predictions[-1, fold]
+            cost[step, fold] = recorded.cost(thresholds)[taken]
+            macs[step, fold] = _macs(plan, thresholds)[taken]
+    error = drop.std(axis=1) / np.sqrt(count)
+    return path, _HeldOut(drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), float(right[-1].mean())), temperatures
+
+
+def _settled(thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: _HeldOut, step: int, promise: Promise) -> Settings:
+    """Settings whose promise carries what was measured at this step."""
+    if not (thresholds < NEVER).any():
+        promise = replace(promise, note="No exit pays within this promise: the full network runs. " + promise.note)
+    measured = replace(
+        promise,
+        accuracy=held_out.full_accuracy - float(held_out.drop[step]),
+        full_accuracy=held_out.full_accuracy,
+        disagreement=float(held_out.disagreement[step]),
+        mean_macs_share=float(held_out.macs[step]),
+    )
+    return Settings(thresholds, temperatures, measured)
+
+
+def _temperatures(outputs: Outputs) -> NDArray[np.float64]:
+    return np.array([fit_temperature(logits, outputs.labels) for logits in outputs.logits])
+
+
+def _recorded(outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, policy: str, loss: NDArray[np.float64]) -> Recorded:
+    """What the search works on; costs in units of the full network's, boundaries priced."""
+    confidence = np.stack([confidence_of(logits / t, policy) for logits, t in zip(outputs.logits[:-1], temperatures)])
+    full = plan.full_macs
+    names = [point.name for point in plan.exits]
+    reach = plan.macs_at(names)
+    heads = np.array([plan.segment(f"head_{name}").cost.macs for name in names], float)
+    reach_cost = np.array([*reach.values()], float) - np.append(np.cumsum(heads), heads.sum())
+    return Recorded(confidence, loss, reach_cost / full, (heads + BOUNDARY_MACS) / full)
+
+
+def confidence_of(logits: NDArray[np.floating], policy: str) -> NDArray[np.float64]:
+    """A policy's score of logits `(N, classes)` at their temperature, higher is surer."""
+    probabilities = np.exp(log_softmax(logits))
+    top = np.partition(probabilities, -2, axis=1)[:, -2:]
+    return top[:, 1] if policy == "top1" else top[:, 1] - top[:, 0]  # type: ignore[no-any-return]
+
+
+def _excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Errors beyond the full network's, `(K + 1, N)`: half as observed, half as the full network's own probabilities expect.
+
+    Observed errors are few and their differences noisy; the expectation is smooth but trusts the network. The mean of
+    both gave the lowest cost at equal accuracy on unseen samples (docs/measurements.md).
+    """
+    predictions = outputs.logits.argmax(axis=2)
+    observed = (predictions != outputs.labels).astype(float)
+    belief = np.exp(log_softmax(outputs.logits[-1] / temperatures[-1]))
+    expected = 1.0 - np.take_along_axis(belief, predictions.T, axis=1).T
+    return 0.5 * (observed - observed[-1]) + 0.5 * (expected - expected[-1])  # type: ignore[no-any-return]
+
+
+def _disagreement(outputs: Outputs, *, smooth: bool = True) -> NDArray[np.float64]:
+    """Whether each exit answers otherwise than the full network, `(K + 1, N)`; smooth: weighed by how sure that one is."""
+    predictions = outputs.logits.argmax(axis=2)
+    differs = (predictions != predictions[-1]).astype(float)
+    if not smooth:
+        return differs
+    belief = np.exp(log_softmax(outputs.logits[-1]))
+    gap = belief.max(axis=1) - np.take_along_axis(belief, predictions.T, axis=1).T
+    return 0.5 * differs + 0.5 * gap  # type: ignore[no-any-return]
+
+
+def _macs(plan: Plan, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Multiply-adds of a run that ends at each exit, as shares of the full network's; infinite where an exit is off."""
+    reach = plan.macs_at([point.name for point, threshold in zip(plan.exits, thresholds) if threshold < NEVER])
+    return np.array([reach.get(name, np.inf) for name in plan.exit_names]) / plan.full_macs  # type: ignore[no-any-return]
+
+
+def _check_request(artifact: Artifact, max_drop: float | None, budget_macs: float | None, risk: tuple[float, float] | None) -> None:
+    if sum(option is not None for option in (max_drop, budget_macs, risk)) != 1:
+        raise CalibrationError("one promise must be asked for", "give one of --max-drop 0.005, --budget-macs 0.6, --risk 0.02@0.95")
+    if not artifact.plan.exits:
+        raise CalibrationError("the artifact has no exits to calibrate", "transform with `--exits auto` or a number")
+    if not artifact.manifest.heads_trained:
+        raise CalibrationError("the artifact's heads are untrained", "run `exitify train` first")
+    if max_drop is not None and not 0 <= max_drop <= 1:
+        raise CalibrationError(f"--max-drop {max_drop:g} is no share of the samples", "0.005 is half a point of accuracy")
+    if budget_macs is not None and not 0 < budget_macs:
+        raise CalibrationError(f"--budget-macs {budget_macs:g} is no share of the network's multiply-adds", "0.6 is three fifths")
+    if risk is not None and not (0 < risk[0] < 1 and 0 < risk[1] < 1):
+        raise CalibrationError(f"--risk {risk[0]:g}@{risk[1]:g} is no rate and confidence in (0, 1)", "0.02@0.95: at most 2 % at 95 % confidence")

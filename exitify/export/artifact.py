@@ -1,0 +1,222 @@
+"""From a Program to an artifact: torch ends here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxscript import optimizer
+from torch import fx, nn
+
+from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, build_artifact, graph_path
+from exitify.artifact.manifest import FORMAT, InputContract, Manifest, ModelOrigin
+from exitify.artifact.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET
+from exitify.artifact.tensors import tensor_spans, write_tensors
+from exitify.errors import ModelError
+from exitify.heads import HeadWithScores
+from exitify.passes.cut_segments import CutSegments
+from exitify.plan import Segment, Value
+from exitify.passes.cost import example_input
+from exitify.program import HEADS as HEADS_MODULE
+from exitify.program import Program, copy_graph, in_mode
+from exitify.runtime.session import Session
+from exitify.version import __version__
+
+KEPT_INSIDE_BYTES = 1024
+"""Constants up to this size stay inside a segment's graph; larger ones, and every weight, stand once in the weights file."""
+
+_HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "LSTM", "GRU"}
+
+
+def export(program: Program, *, contract: InputContract | None = None, heads_trained: bool = True) -> Artifact:
+    """Return the program as an artifact: every segment as ONNX (opset 20, norms unfolded), every weight once.
+
+    Args:
+        program: With or without exits; in any mode. Cut into segments here if it is not yet.
+        contract: What it reads and what its classes are called; by default the shape alone.
+        heads_trained: False for fresh heads, which `exitify.train_heads` must train before anyone calibrates.
+
+    Raises:
+        ModelError: an operation has no ONNX form, or the exported network does not compute what the program does.
+    """
+    if not program.plan.segments:
+        program = CutSegments()(program)
+    contract = contract or InputContract(shape=program.values[program.plan.input].shape, color="L" if program.values[program.plan.input].shape[0] == 1 else "RGB")
+    with in_mode(program, training=False):
+        network = _whole_network(program)
+    cut = _Cut(network, program)
+    files: dict[str, bytes] = {
+        WEIGHTS: write_tensors({name: tensor for name, tensor in cut.tensors.items() if not name.startswith(f"{HEADS_MODULE}.")}),
+        HEADS: write_tensors({name: tensor for name, tensor in cut.tensors.items() if name.startswith(f"{HEADS_MODULE}.")}),
+    }
+    places = {
+        name: (path.removeprefix("model/"), start, end)
+        for path in (WEIGHTS, HEADS)
+        for name, (_, _, start, end) in tensor_spans(memoryview(files[path]), path).items()
+    }
+    segments = []
+    for segment in program.plan.segments:
+        model, inputs = cut.segment(segment, places)
+        files[graph_path(segment.name)] = model.SerializeToString(deterministic=True)
+        segments.append(replace(segment, inputs=inputs))
+    plan = replace(program.plan, segments=tuple(segments))
+    manifest = Manifest(FORMAT, __version__, "", ModelOrigin(program.source, program.recipe), contract, plan, heads_trained)
+    artifact = build_artifact(manifest, files)
+    _compare(artifact, program)
+    return artifact
+
+
+def _whole_network(program: Program) -> ModelProto:
+    """The network with all heads as one ONNX graph whose outputs bear the plan's names."""
+    graph, renamed = copy_graph(program.graph)
+    nodes = {node.name: new for node, new in renamed.items()}
+    heads = nn.ModuleDict()
+    outputs: dict[str, fx.Node] = {}
+    for point in program.plan.exits:
+        head = nodes[program.head_node(point.name).name]
+        heads[point.name] = HeadWithScores(program.get_submodule(str(head.target))).eval()  # type: ignore[arg-type]
+        for i, name in enumerate((point.logits, point.features, point.scores)):
+            with graph.inserting_after(head):
+                outputs[name] = graph.call_function(operator.getitem, (head, i))
+    for segment in program.plan.segments:
+        outputs.update({name: nodes[name] for name in segment.outputs if name not in outputs})
+    final = next(node for node in graph.nodes if node.op == "output")
+    final.args = (tuple(outputs.values()),)
+    module = fx.GraphModule(program.replace(members={HEADS_MODULE: heads}), graph).eval()
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                module,
+                (example_input(program.values[program.plan.input], batch=2),),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=[program.plan.input],
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+            assert exported is not None
+            optimizer.fold_constants(exported.model, input_size_limit=2**22, output_size_limit=2**22)
+            optimizer.remove_unused_nodes(exported.model)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the network has no ONNX form: {line[:200]}", "replace the operator named by one that ONNX has") from error
+    proto: ModelProto = exported.model_proto
+    return proto
+
+
+class _Cut:
+    """The whole graph, taken apart at the plan's values."""
+
+    def __init__(self, network: ModelProto, program: Program) -> None:
+        self.nodes: list[NodeProto] = [node for node in network.graph.node if node.op_type != "Constant"]
+        self.made_by = {name: i for i, node in enumerate(self.nodes) for name in node.output}
+        self.plan = program.plan
+        self.owner: dict[int, str] = {}
+        self.known = {program.plan.input}
+        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in network.graph.initializer}
+        for node in network.graph.node:
+            if node.op_type == "Constant":
+                constants[node.output[0]] = _constant(node)
+        own = {name: tensor.detach().numpy() for name, tensor in program.state_dict().items()}
+        self.inside = {name: array for name, array in constants.items() if array.nbytes <= KEPT_INSIDE_BYTES and name not in own}
+        self.tensors = {**own, **{name: array for name, array in constants.items() if name not in self.inside}}
+        for name in own.keys() & constants.keys():
+            if not np.array_equal(own[name], constants[name]):
+                raise ModelError(f"exporting to ONNX changed the weight {name!r}", "report this with the model")
+
+    def segment(self, segment: Segment, places: Mapping[str, tuple[str, int, int]]) -> tuple[ModelProto, tuple[str, ...]]:
+        """The segment's model, and which values it really reads."""
+        needed: set[int] = set()
+        read: dict[str, None] = {}
+        pending = list(segment.outputs)
+        while pending:
+            name = pending.pop()
+            if name in self.known or name in segment.parameters:
+                read[name] = None
+            elif name in self.made_by and self.made_by[name] not in needed:
+                needed.add(self.made_by[name])
+                pending.extend(self.nodes[self.made_by[name]].input)
+            elif name and name not in self.made_by:
+                read[name] = None
+        nodes = [self.nodes[i] for i in sorted(needed)]
+        for i in needed:
+            owner = self.owner.setdefault(i, segment.name)
+            if owner != segment.name and self.nodes[i].op_type in _HEAVY:
+                raise ModelError(f"segments {owner!r} and {segment.name!r} both compute {self.nodes[i].name!r}", "report this with the model")
+        self.known.update(segment.outputs)
+        inputs = tuple(name for name in read if name in self.plan.values)
+        initializers = [self._initializer(name, places) for name in read if name in self.inside or name in self.tensors and name not in segment.parameters]
+        missing = set(read) - set(inputs) - set(segment.parameters) - {tensor.name for tensor in initializers}
+        assert not missing, f"{segment.name}: nothing gives {missing}"
+        head = {point.name: point for point in self.plan.exits}.get(segment.name.removeprefix("head_"))
+        shapes: dict[str, tuple[int, ...]] = {} if head is None else {head.weight: (head.head.classes, head.head.width), head.bias: (head.head.classes,), head.temperature: ()}
+        graph = helper.make_graph(
+            nodes,
+            segment.name,
+            [*(_value_info(name, self.plan.values[name]) for name in inputs), *(helper.make_tensor_value_info(n, 1, shapes[n]) for n in segment.parameters)],
+            [_value_info(name, self.plan.values[name]) for name in segment.outputs],
+            initializers,
+        )
+        for node in graph.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="exitify")
+        return model, inputs
+
+    def _initializer(self, name: str, places: Mapping[str, tuple[str, int, int]]) -> TensorProto:
+        if name in self.inside:
+            return numpy_helper.from_array(self.inside[name], name)
+        array = self.tensors[name]
+        location, start, end = places[name]
+        tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[array.dtype.name], dims=array.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", location), ("offset", start), ("length", end - start)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+def _constant(node: NodeProto) -> NDArray[np.generic]:
+    (attribute,) = node.attribute
+    value = helper.get_attribute_value(attribute)
+    return numpy_helper.to_array(value) if attribute.name == "value" else np.asarray(value, np.float32 if "float" in attribute.name else np.int64)
+
+
+def _value_info(name: str, value: Value) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, ELEMENT_TYPES[value.dtype], ["batch", *value.shape])
+
+
+def _compare(artifact: Artifact, program: Program) -> None:
+    """Run the artifact on ONNX Runtime and the program in torch on one input; every exit must say the same."""
+    value = program.values[program.plan.input]
+    x = torch.rand(2, *value.shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, value.dtype))
+    with in_mode(program, training=False), torch.no_grad():
+        expected = program(x, all_exits=True)
+    recorded = Session(artifact).record(x.numpy())
+    for name, logits in zip(expected.names, expected.logits):
+        gap = np.abs(recorded.logits[name] - logits.numpy()).max() / max(float(logits.abs().max()), 1.0)
+        if not gap <= 1e-4:
+            raise ModelError(f"the exported network's {name} differs from the model's by {gap:.2g}", "report this with the model")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress lines and its warnings about its own internals."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)

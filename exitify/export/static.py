@@ -1,0 +1,64 @@
+"""One static ONNX network out of an artifact: the whole network, or up to one exit."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import numpy_helper
+
+from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact
+from exitify.artifact.onnx_graph import join
+from exitify.plan import FINAL, Stretch
+
+
+def export_static(artifact: Artifact, *, exit: str = FINAL) -> onnx.ModelProto:  # noqa: A002 - the field's word
+    """Return the network that always stops at this exit, weights inside, for any ONNX runtime.
+
+    Args:
+        artifact: Trained, if it is an early exit's network that is wanted.
+        exit: Name of an exit, or `final` for the network without exits.
+
+    Returns:
+        One graph, opset 20: the artifact's input to `(N, classes)` logits, named as in the artifact.
+
+    Raises:
+        PlanError: there is no such exit.
+    """
+    stretch = static_stretch(artifact, exit)
+    graphs = [artifact.graph(name) for name in stretch.segments]
+    model = onnx.load_model_from_string(join(graphs, stretch.inputs, stretch.outputs, artifact.plan.values))
+    weights = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}
+    for tensor in model.graph.initializer:
+        if tensor.external_data:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+    inside = {tensor.name for tensor in model.graph.initializer}
+    read = {name for node in model.graph.node for name in node.input}
+    model.graph.initializer.extend(numpy_helper.from_array(weights[name], name) for name in stretch.parameters if name in read - inside and name in weights)
+    _drop_unused(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+def static_stretch(artifact: Artifact, exit: str) -> Stretch:  # noqa: A002 - the field's word
+    """What a network that always stops at this exit runs, giving its logits."""
+    plan = artifact.plan
+    if exit == FINAL:
+        (stretch,) = plan.stretches(())
+        return stretch
+    point = plan.exit(exit)
+    first = plan.stretches((exit,))[0]
+    return Stretch(first.segments, first.inputs, (point.logits,), first.parameters, exit, first.cost)
+
+
+def _drop_unused(model: onnx.ModelProto) -> None:
+    """Remove what the outputs do not need: the scores, above all."""
+    wanted = {value.name for value in model.graph.output}
+    kept = []
+    for node in reversed(model.graph.node):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted |= set(node.input)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(kept))
+    initializers = [tensor for tensor in model.graph.initializer if tensor.name in wanted]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(initializers)

@@ -1,0 +1,99 @@
+"""What an engine is: it runs stretches of an artifact's segments. Everything above is engine-blind."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact
+from exitify.artifact.onnx_graph import Parameter, Segment, join
+from exitify.plan import Stretch, Value
+
+Array = NDArray[Any]
+Parameters = Mapping[str, Array]
+
+
+class Runner(Protocol):
+    """One stretch, ready to run."""
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the stretch's outputs for its inputs and parameters, any batch size. Safe to call from many threads."""
+
+
+class Bound(abc.ABC):
+    """A row of stretches with buffers for one sample: for one thread, with nothing allocated between calls."""
+
+    @abc.abstractmethod
+    def set_input(self, x: Array) -> None:
+        """Copy the input, `(1, *shape)`, into its buffer."""
+
+    @abc.abstractmethod
+    def step(self, index: int) -> None:
+        """Run the stretch of this number; the ones before it have run."""
+
+    @abc.abstractmethod
+    def value(self, name: str) -> Array:
+        """The buffer of an output, overwritten by the next run."""
+
+
+class Engine(abc.ABC):
+    """Runs stretches of one artifact. Stretches once prepared are kept, so switching profiles back costs nothing."""
+
+    name: ClassVar[str]
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self.artifact, self.threads = artifact, threads
+        self.weights = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}
+
+    @abc.abstractmethod
+    def prepare(self, stretch: Stretch) -> Runner:
+        """Return a runner for this stretch.
+
+        Raises:
+            EngineError: the engine refuses it.
+        """
+
+    def bind(self, stretches: Sequence[Stretch], parameters: Parameters) -> Bound:
+        """Return buffers and bindings for runs at batch 1 in the calling thread."""
+        return _PlainBound([self.prepare(stretch) for stretch in stretches], stretches, parameters, self.artifact.plan.input)
+
+    def joined(self, stretch: Stretch) -> tuple[bytes, dict[str, Array]]:
+        """The stretch as one ONNX model, and the tensors that stand outside it by name."""
+        plan = self.artifact.plan
+        graphs: list[Segment] = [self.artifact.graph(name) for name in stretch.segments]
+        looks: dict[str, Value] = {**plan.values, **self.parameter_values()}
+        model = join(graphs, [*stretch.inputs, *stretch.parameters], stretch.outputs, looks)
+        return model, {name: self.weights[name] for graph in graphs for name in graph.external}
+
+    def parameter_values(self) -> dict[str, Parameter]:
+        """What the tensors look like that heads take as inputs."""
+        values: dict[str, Parameter] = {}
+        for point in self.artifact.plan.exits:
+            values[point.weight] = Parameter((point.head.classes, point.head.width), "float32")
+            values[point.bias] = Parameter((point.head.classes,), "float32")
+            values[point.temperature] = Parameter((), "float32")
+        return values
+
+
+class _PlainBound(Bound):
+    """Bindings for an engine that has none of its own."""
+
+    def __init__(self, runners: Sequence[Runner], stretches: Sequence[Stretch], parameters: Parameters, input_name: str) -> None:
+        self.runners, self.stretches, self.input_name = runners, stretches, input_name
+        self.parameters = parameters
+        self.values: dict[str, Array] = {}
+
+    def set_input(self, x: Array) -> None:
+        self.values = {self.input_name: np.array(x)}
+
+    def step(self, index: int) -> None:
+        stretch = self.stretches[index]
+        given = {name: self.values[name] for name in stretch.inputs}
+        self.values.update(self.runners[index]({**given, **{name: self.parameters[name] for name in stretch.parameters}}))
+
+    def value(self, name: str) -> Array:
+        return self.values[name]

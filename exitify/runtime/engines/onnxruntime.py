@@ -1,0 +1,108 @@
+"""ONNX Runtime: the portable default."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from exitify.artifact.artifact import Artifact
+from exitify.errors import EngineError
+from exitify.plan import Stretch
+from exitify.runtime.engines.base import Array, Bound, Engine, Parameters, Runner
+
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+
+
+class OnnxRuntimeEngine(Engine):
+    """Each stretch is one session over tensors mapped from the artifact; batch 1 runs on buffers bound once a thread."""
+
+    name = "onnxruntime"
+
+    def __init__(self, artifact: Artifact, threads: int, provider: str = "cpu") -> None:
+        super().__init__(artifact, threads)
+        self.providers = PROVIDERS.get(provider, [])
+        if not self.providers or self.providers[0] not in ort.get_available_providers():
+            offered = [name for name, wanted in PROVIDERS.items() if wanted[0] in ort.get_available_providers()]
+            raise EngineError(
+                f"this installation of ONNX Runtime has no {provider!r} provider",
+                f"it offers {', '.join(f'onnxruntime:{name}' for name in offered)}",
+            )
+        self._runners: dict[tuple[object, ...], _Runner] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, stretch: Stretch) -> _Runner:
+        key = (stretch.segments, stretch.inputs, stretch.outputs)
+        with self._lock:
+            if key not in self._runners:
+                self._runners[key] = _Runner(self._open(stretch), stretch)
+            return self._runners[key]
+
+    def bind(self, stretches: Sequence[Stretch], parameters: Parameters) -> Bound:
+        return _Binding(self, stretches, parameters)
+
+    def _open(self, stretch: Stretch) -> ort.InferenceSession:
+        model, outside = self.joined(stretch)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if outside:
+            options.add_external_initializers(list(outside), [ort.OrtValue.ortvalue_from_numpy(tensor) for tensor in outside.values()])
+        try:
+            return ort.InferenceSession(model, options, providers=self.providers)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime refuses {', '.join(stretch.segments)}: {_first_line(error)}", "update onnxruntime, or transform the model again") from error
+
+
+class _Runner(Runner):
+    def __init__(self, session: ort.InferenceSession, stretch: Stretch) -> None:
+        self.session, self.stretch = session, stretch
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            return dict(zip(self.stretch.outputs, self.session.run(list(self.stretch.outputs), dict(inputs))))
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed in {', '.join(self.stretch.segments)}: {_first_line(error)}", "check the input and the memory left") from error
+
+
+class _Binding(Bound):
+    """One buffer a value; what a stretch writes is where the next one reads."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, stretches: Sequence[Stretch], parameters: Parameters) -> None:
+        plan = engine.artifact.plan
+        names = [plan.input, *(name for stretch in stretches for name in stretch.outputs)]
+        self.buffers = {name: np.zeros((1, *plan.values[name].shape), plan.values[name].dtype) for name in names}
+        given = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in {**self.buffers, **parameters}.items()}
+        self.input = self.buffers[plan.input]
+        self.steps: list[tuple[Any, Any]] = []
+        for stretch in stretches:
+            session = engine.prepare(stretch).session
+            binding = session.io_binding()
+            for name in (*stretch.inputs, *stretch.parameters):
+                binding.bind_ortvalue_input(name, given[name])
+            for name in stretch.outputs:
+                binding.bind_ortvalue_output(name, given[name])
+            self.steps.append((session.run_with_iobinding, binding))
+        self._alive = given
+
+    def set_input(self, x: Array) -> None:
+        np.copyto(self.input, x)
+
+    def step(self, index: int) -> None:
+        run, binding = self.steps[index]
+        run(binding)
+
+    def value(self, name: str) -> Array:
+        return self.buffers[name]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

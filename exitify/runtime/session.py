@@ -1,0 +1,278 @@
+"""The runtime: segments in order, a decision after each head, no torch and no compiler."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from exitify.artifact.artifact import HEADS, Artifact
+from exitify.artifact.manifest import InputContract, Profile
+from exitify.data import prepare_pictures
+from exitify.errors import DataError
+from exitify.plan import FINAL, SCORES, Stretch
+from exitify.runtime.engines import make_engine
+from exitify.runtime.engines.base import Array, Bound, Engine, Runner
+
+COPY_MACS_A_BYTE = 4
+"""What copying a byte costs beside computing: 10 GB/s against 40 GMAC/s. Rows that have left a batch are dropped when
+what they would still compute costs more than copying the rows that stay."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of one sample.
+
+    label: Index of the class. exit: Name of the exit taken, `final` for the whole network.
+    logits: `(classes,)` before the temperature. macs: Multiply-adds spent, heads on the way counted.
+    ms: Wall-clock time; in a batch, the batch's time up to this answer.
+    """
+
+    label: int
+    exit: str
+    logits: Array
+    temperature: float
+    macs: int
+    ms: float
+    classes: tuple[str, ...]
+
+    @functools.cached_property
+    def probabilities(self) -> Array:
+        """`(classes,)`, at the calibrated temperature."""
+        scaled = np.asarray(self.logits, np.float64) / self.temperature
+        powers = np.exp(scaled - scaled.max())
+        return (powers / powers.sum()).astype(np.float32)  # type: ignore[no-any-return]
+
+    @property
+    def name(self) -> str:
+        """Name of the class, or its number when the artifact names none."""
+        return self.classes[self.label] if self.label < len(self.classes) else str(self.label)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What every exit says of some samples, none of them stopped.
+
+    logits: `(N, classes)` by exit, `final` among them. features: the classifiers' inputs, `(N, width)` by early exit.
+    """
+
+    logits: dict[str, Array]
+    features: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A stretch and the decision after it.
+
+    column: Which score is held against the threshold, -1 for the last stretch.
+    """
+
+    stretch: Stretch
+    runner: Runner
+    logits: str
+    scores: str
+    column: int
+    threshold: float
+    temperature: float
+    macs: int
+    remaining_macs: int
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """Everything that follows from a profile."""
+
+    steps: tuple[_Step, ...]
+    parameters: dict[str, Array]
+
+
+class Session:
+    """Answers with one artifact, from any number of threads.
+
+    Without a profile no exit is taken. The profile named `default` is used unless another is asked for.
+    """
+
+    def __init__(self, artifact: Artifact, *, engine: str = "auto", profile: str | None = None, threads: int = 1) -> None:
+        """Prepare the network.
+
+        Args:
+            artifact: An opened artifact. Loading hands its graphs to the engine.
+            engine: See `exitify.runtime.engines.make_engine`.
+            profile: Name of a calibrated profile; None means `default` if there is one.
+            threads: Threads that one answer may use.
+
+        Raises:
+            UnknownProfile, EngineError: see there.
+        """
+        self.artifact = artifact
+        self.engine: Engine = make_engine(engine, artifact, threads)
+        self._classes = artifact.manifest.input.classes
+        self._local = threading.local()
+        self._heads = {name: tensor for name, tensor in artifact.tensors(HEADS).items()}
+        self.use(profile)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, engine: str = "auto", profile: str | None = None, threads: int = 1) -> Session:
+        """Open and check an artifact, and prepare it."""
+        return cls(Artifact.open(path), engine=engine, profile=profile, threads=threads)
+
+    @property
+    def contract(self) -> InputContract:
+        """What the network reads."""
+        return self.artifact.manifest.input
+
+    def use(self, profile: str | None) -> None:
+        """Switch to another profile between two calls; calls under way end with the one they began with."""
+        if profile is None and "default" in self.artifact.profiles:
+            profile = "default"
+        self.profile_name = profile
+        self._setup = self._make_setup(None if profile is None else self.artifact.profile(profile))
+
+    def run(self, x: Array) -> Answer:
+        """Answer for one sample, stopping as soon as the profile allows.
+
+        Args:
+            x: Ready for the network, `shape` or `(1, *shape)`; or one picture, uint8 `(H, W, C)`, that the contract prepares.
+
+        Raises:
+            DataError: wrong shape or dtype, NaN or infinity.
+        """
+        started = time.perf_counter_ns()
+        ready = self._ready(x)
+        if ready.shape[0] != 1:
+            raise DataError(f"run() takes one sample, and got {ready.shape[0]}", "use run_batch()")
+        setup = self._setup
+        bound = self._bound(setup)
+        bound.set_input(ready)
+        for index, step in enumerate(setup.steps):
+            bound.step(index)
+            if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
+                break
+        logits = bound.value(step.logits)[0].copy()
+        return self._answer(step, logits, started)
+
+    def run_batch(self, x: Array) -> list[Answer]:
+        """Answer for a batch; rows that have their answer are dropped from it where that pays.
+
+        Args:
+            x: `(N, *shape)`, or pictures, uint8 `(N, H, W, C)`.
+
+        Raises:
+            DataError: wrong shape or dtype, NaN or infinity.
+        """
+        started = time.perf_counter_ns()
+        values = {self.artifact.plan.input: self._ready(x)}
+        setup = self._setup
+        answers: list[Answer | None] = [None] * len(values[self.artifact.plan.input])
+        rows = np.arange(len(answers))
+        for index, step in enumerate(setup.steps):
+            values.update(self._call(step, values, setup))
+            logits = values[step.logits]
+            leaves = np.ones(len(rows), bool) if step.column < 0 else values[step.scores][:, step.column] >= step.threshold
+            for i in np.flatnonzero(leaves):
+                if answers[rows[i]] is None:
+                    answers[rows[i]] = self._answer(step, logits[i].copy(), started)
+            stays = np.array([answers[row] is None for row in rows])
+            if not stays.any():
+                break
+            needed = {name for later in setup.steps[index + 1 :] for name in later.stretch.inputs}
+            values = {name: value for name, value in values.items() if name in needed}
+            copied = sum(value[:1].nbytes for value in values.values()) * int(stays.sum())
+            if int((~stays).sum()) * step.remaining_macs > copied * COPY_MACS_A_BYTE:
+                values = {name: value[stays] for name, value in values.items()}
+                rows = rows[stays]
+        return [answer for answer in answers if answer is not None]
+
+    def record(self, x: Array) -> Recording:
+        """Run a batch through every exit, stopping nowhere."""
+        values = {self.artifact.plan.input: self._ready(x)}
+        setup = self._everything
+        logits, features = {}, {}
+        for step in setup.steps:
+            values.update(self._call(step, values, setup))
+            logits[step.stretch.exit] = values[step.logits]
+        for point in self.artifact.plan.exits:
+            features[point.name] = values[point.features]
+        return Recording(logits, features)
+
+    @functools.cached_property
+    def _everything(self) -> _Setup:
+        """All exits, none taken."""
+        names = [point.name for point in self.artifact.plan.exits]
+        return self._assemble(names, {}, dict.fromkeys(names, np.inf), 0)
+
+    def _make_setup(self, profile: Profile | None) -> _Setup:
+        if profile is None:
+            return self._assemble([], {}, {}, 0)
+        temperatures = {name: setting.temperature for name, setting in profile.exits.items()}
+        thresholds = {name: setting.threshold for name, setting in profile.exits.items()}
+        enabled = [name for name in profile.enabled if name != FINAL]
+        return self._assemble(enabled, {**temperatures, FINAL: profile.final_temperature}, thresholds, SCORES.index(profile.policy))
+
+    def _assemble(self, enabled: list[str], temperatures: dict[str, float], thresholds: dict[str, float], column: int) -> _Setup:
+        plan = self.artifact.plan
+        stretches = plan.stretches(enabled)
+        macs = np.cumsum([stretch.cost.macs for stretch in stretches])
+        steps = []
+        for stretch, spent in zip(stretches, macs):
+            is_final = stretch.exit == FINAL
+            point = None if is_final else plan.exit(stretch.exit)
+            steps.append(
+                _Step(
+                    stretch,
+                    self.engine.prepare(stretch),
+                    logits=plan.output if point is None else point.logits,
+                    scores="" if point is None else point.scores,
+                    column=-1 if is_final else column,
+                    threshold=thresholds.get(stretch.exit, np.inf),
+                    temperature=temperatures.get(stretch.exit, 1.0),
+                    macs=int(spent),
+                    remaining_macs=int(macs[-1] - spent),
+                )
+            )
+        parameters = {name: np.ascontiguousarray(self._heads[name]) for point in plan.exits for name in (point.weight, point.bias)}
+        parameters.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
+        return _Setup(tuple(steps), parameters)
+
+    def _call(self, step: _Step, values: dict[str, Array], setup: _Setup) -> dict[str, Array]:
+        given = {name: values[name] for name in step.stretch.inputs}
+        given.update({name: setup.parameters[name] for name in step.stretch.parameters})
+        return step.runner(given)
+
+    def _bound(self, setup: _Setup) -> Bound:
+        """This thread's buffers for this setup."""
+        if getattr(self._local, "setup", None) is not setup:
+            self._local.bound = self.engine.bind([step.stretch for step in setup.steps], setup.parameters)
+            self._local.setup = setup
+        bound: Bound = self._local.bound
+        return bound
+
+    def _answer(self, step: _Step, logits: Array, started: int) -> Answer:
+        ms = (time.perf_counter_ns() - started) / 1e6
+        return Answer(int(logits.argmax()), step.stretch.exit, logits, step.temperature, step.macs, ms, self._classes)
+
+    def _ready(self, x: Any) -> Array:
+        """The input as the network reads it, with its batch dimension."""
+        contract = self.contract
+        if not isinstance(x, np.ndarray):
+            raise DataError(f"the input is a {type(x).__name__}, not a NumPy array", "convert it: numpy.asarray(x)")
+        if x.dtype == np.uint8 and contract.dtype != "uint8":
+            return prepare_pictures(x if x.ndim == 4 else x[None], contract)
+        if x.ndim == len(contract.shape):
+            x = x[None]
+        if x.shape[1:] != contract.shape or not len(x):
+            raise DataError(f"the input has shape {x.shape}, and the network reads (N, {', '.join(map(str, contract.shape))})", "see `exitify inspect`")
+        if x.dtype != contract.dtype:
+            if not (np.issubdtype(x.dtype, np.floating) and contract.dtype == "float32"):
+                raise DataError(f"the input is {x.dtype}, and the network reads {contract.dtype}", f"convert it: x.astype(numpy.{contract.dtype})")
+            x = x.astype(np.float32)
+        # One sum is the cheapest look at all values: NaN and infinity survive it.
+        if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x.sum()) and not np.isfinite(x).all():
+            at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+            raise DataError(f"the input holds {x[at]} at {at}", "clean the input: the network's answer to it would mean nothing")
+        return x

@@ -1,0 +1,278 @@
+"""Heads trained from the artifact alone: backbone at rest, features recorded once, all heads in one pass over them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from exitify.artifact.artifact import HEADS, Artifact, build_artifact
+from exitify.artifact.tensors import write_tensors
+from exitify.data import Samples
+from exitify.errors import DataError, PlanError
+from exitify.heads import ExitHead
+from exitify.program import HEADS as HEADS_MODULE
+from exitify.progress import Progress, silent
+from exitify.records import dumps
+from exitify.train.augment import Augmentation
+from exitify.train.record import FeatureFile, record
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """How heads are trained.
+
+    epochs: Passes over the training rows; each reads one recorded copy, in turn.
+    copies: How often each picture is augmented and recorded.
+    augmentation: `none`, `crop`, `crop+flip`, or `auto`: crop, and flip where pictures are in colour.
+    distillation: Weight of the divergence from the network's own answer, in [0, 1]; the rest is cross-entropy with the label.
+    softening: Temperature of that divergence (Hinton et al. 2015, arXiv:1503.02531).
+    learning_rate: Peak of a one-cycle schedule for SGD with Nesterov momentum 0.9.
+    validation: Share of the samples set aside to choose each head's best epoch; they are recorded without augmentation.
+    """
+
+    epochs: int = 10
+    copies: int = 3
+    augmentation: str = "auto"
+    distillation: float = 0.9
+    softening: float = 3.0
+    learning_rate: float = 0.05
+    weight_decay: float = 5e-4
+    batch: int = 250
+    validation: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What training a head came to: accuracy on the validation samples, and the epoch kept."""
+
+    exit: str
+    accuracy: float
+    epoch: int
+
+
+def train_heads(
+    artifact: Artifact,
+    samples: Samples,
+    options: HeadTraining | None = None,
+    *,
+    work: Path | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> tuple[Artifact, list[HeadReport]]:
+    """Return the artifact with trained heads, and how good each is.
+
+    The backbone runs in ONNX Runtime from the artifact; nothing of it, statistics of its norms included, changes.
+    Profiles are dropped: they were calibrated for other heads.
+
+    Args:
+        artifact: With exits.
+        samples: Training pictures and labels.
+        options: How to train.
+        work: Folder for recorded features and checkpoints; an interrupted training with the same data and options goes on
+            from there, and it is removed at the end. By default a folder `exitify-train` here.
+        threads: CPU threads, by default all.
+        progress: Called now and then.
+
+    Raises:
+        PlanError: the artifact has no exits. DataError: too few samples, or the disk is full.
+    """
+    options = options or HeadTraining()
+    if not artifact.plan.exits:
+        raise PlanError("the artifact has no exits to train", "transform with `--exits auto` or a number")
+    threads = threads or torch.get_num_threads()
+    train_rows, validation_rows = _split(samples, options)
+    folder = (work or Path("exitify-train")) / _key(artifact, samples, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = load_heads(artifact)
+    training = _Recorded(artifact, samples, heads, folder, threads, progress)
+    how: Any = options.augmentation
+    if how == "auto":
+        how = "crop+flip" if artifact.manifest.input.color == "RGB" else "crop"
+    files = []
+    for copy_number in range(min(options.copies, options.epochs)):
+        order = np.random.default_rng((options.seed, copy_number)).permutation(train_rows)
+        files.append(training.file(f"train-{copy_number}", order, how, options.seed + 1 + copy_number))
+    validation = training.file("validation", validation_rows, "none", 0)
+    best, reports = _fit(artifact, heads, files, validation, samples.labels, options, folder / "checkpoint.pt", progress)
+    tensors = {f"{HEADS_MODULE}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
+    kept = {path: data for path, data in artifact.files.items() if not path.startswith("profiles/")}
+    trained = build_artifact(replace(artifact.manifest, heads_trained=True), {**kept, HEADS: write_tensors(tensors)})
+    shutil.rmtree(folder)
+    if work is None and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+    return trained, reports
+
+
+def load_heads(artifact: Artifact) -> dict[str, ExitHead]:
+    """The artifact's heads as torch modules, with its weights."""
+    tensors = artifact.tensors(HEADS)
+    heads = {}
+    for point in artifact.plan.exits:
+        head = ExitHead(point.head)
+        prefix = f"{HEADS_MODULE}.{point.name}."
+        own = {key.removeprefix(prefix): torch.from_numpy(np.array(tensor)) for key, tensor in tensors.items() if key.startswith(prefix)}
+        head.load_state_dict(own)
+        heads[point.name] = head
+    return heads
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Makes feature files in a folder."""
+
+    artifact: Artifact
+    samples: Samples
+    heads: dict[str, ExitHead]
+    folder: Path
+    threads: int
+    progress: Progress
+
+    def file(self, name: str, rows: NDArray[np.integer], how: Augmentation, seed: int) -> FeatureFile:
+        widths = tuple(_pooled_shape(head, point.head.shape).numel() for head, point in zip(self.heads.values(), self.artifact.plan.exits))
+        file = FeatureFile(self.folder / f"{name}.features", rows, widths, self.artifact.plan.exits[0].head.classes)
+        stage = lambda text, done, total: self.progress(f"{text} ({name})", done, total)  # noqa: E731
+        record(self.artifact, self.heads, self.samples, file, how, seed=seed, threads=self.threads, progress=stage)
+        return file
+
+
+def _pooled_shape(head: ExitHead, shape: tuple[int, ...]) -> torch.Size:
+    with torch.inference_mode():
+        result: torch.Tensor = head.pool(torch.zeros(1, *shape))
+    return result.shape[1:]
+
+
+def _split(samples: Samples, options: HeadTraining) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Rows to train on and rows to choose the epoch by, at random."""
+    held_out = round(len(samples) * options.validation)
+    if held_out < 2 or len(samples) - held_out < options.batch // 10:
+        raise DataError(f"{len(samples)} samples are too few to train heads", f"give at least {max(options.batch // 5, 20)}")
+    order = np.random.default_rng(options.seed).permutation(len(samples))
+    return order[held_out:], order[:held_out]
+
+
+def _key(artifact: Artifact, samples: Samples, options: HeadTraining) -> str:
+    """A name for this very training: same artifact, data and options, same name."""
+    text = dumps({"model": artifact.manifest.model_id, "data": samples.identity(), "options": options})
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _fit(
+    artifact: Artifact,
+    heads: dict[str, ExitHead],
+    files: list[FeatureFile],
+    validation: FeatureFile,
+    labels: NDArray[np.integer],
+    options: HeadTraining,
+    checkpoint: Path,
+    progress: Progress,
+) -> tuple[dict[str, ExitHead], list[HeadReport]]:
+    """Train all heads side by side; return each as it was after its best epoch."""
+    shapes = [_pooled_shape(heads[point.name], point.head.shape) for point in artifact.plan.exits]
+    parameters = [parameter for head in heads.values() for parameter in head.parameters()]
+    optimizer = torch.optim.SGD(parameters, options.learning_rate, momentum=0.9, weight_decay=options.weight_decay, nesterov=True)
+    steps = options.epochs * -(-len(files[0].rows) // options.batch) + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=steps, pct_start=0.15)
+    best = {name: copy.deepcopy(head.state_dict()) for name, head in heads.items()}
+    reports = {name: HeadReport(name, 0.0, -1) for name in heads}
+    lowest = dict.fromkeys(heads, float("inf"))
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for name, head in heads.items():
+            head.load_state_dict(state["heads"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        best, lowest, first = state["best"], state["lowest"], state["epoch"]
+        reports = {name: HeadReport(name, *kept) for name, kept in state["reports"].items()}
+    for epoch in range(first, options.epochs):
+        progress("training heads", epoch, options.epochs)
+        _train_epoch(heads, shapes, files[epoch % len(files)], labels, optimizer, schedule, options, epoch)
+        for name, (loss, accuracy) in _evaluate(heads, shapes, validation, labels, options).items():
+            if loss < lowest[name]:
+                lowest[name], reports[name] = loss, HeadReport(name, accuracy, epoch)
+                best[name] = copy.deepcopy(heads[name].state_dict())
+        state = {
+            "heads": {name: head.state_dict() for name, head in heads.items()},
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "best": best,
+            "lowest": lowest,
+            "epoch": epoch + 1,
+            "reports": {name: (report.accuracy, report.epoch) for name, report in reports.items()},
+        }
+        _save_checkpoint(state, checkpoint)
+    progress("training heads", options.epochs, options.epochs)
+    for name, head in heads.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in best[name].values()) or reports[name].epoch < 0:
+            raise DataError(f"training the head of {name} diverged", "lower the learning rate: --learning-rate 0.01")
+        head.load_state_dict(best[name])
+    return heads, list(reports.values())
+
+
+def _train_epoch(
+    heads: dict[str, ExitHead],
+    shapes: list[torch.Size],
+    file: FeatureFile,
+    labels: NDArray[np.integer],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    options: HeadTraining,
+    epoch: int,
+) -> None:
+    for head in heads.values():
+        head.train()
+    for features, teacher, rows in file.chunks(np.random.default_rng((options.seed, 7, epoch))):
+        targets = torch.from_numpy(labels[rows])
+        for batch in torch.arange(len(rows)).split(options.batch):
+            if len(batch) < 2:
+                continue  # a norm cannot be estimated from one sample
+            optimizer.zero_grad(set_to_none=True)
+            for head, shape, feature in zip(heads.values(), shapes, features):
+                # Heads share no weights, so their losses may be added, and stepped one by one to save memory.
+                _loss(_from_pooled(head, feature[batch], shape), targets[batch], teacher[batch], options).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+
+
+def _evaluate(
+    heads: dict[str, ExitHead], shapes: list[torch.Size], file: FeatureFile, labels: NDArray[np.integer], options: HeadTraining
+) -> dict[str, tuple[float, float]]:
+    """Mean loss and accuracy of each head."""
+    sums = {name: np.zeros(2) for name in heads}
+    with torch.inference_mode():
+        for features, teacher, rows in file.chunks(np.random.default_rng(0)):
+            targets = torch.from_numpy(labels[rows])
+            for (name, head), shape, feature in zip(heads.items(), shapes, features):
+                head.eval()
+                logits = _from_pooled(head, feature, shape)
+                loss = float(_loss(logits, targets, teacher, options))
+                sums[name] += len(rows) * loss, float((logits.argmax(1) == targets).sum())
+    return {name: (float(loss) / len(file.rows), float(correct) / len(file.rows)) for name, (loss, correct) in sums.items()}
+
+
+def _from_pooled(head: ExitHead, pooled: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    logits: torch.Tensor = head.classifier(head.body(pooled.float().unflatten(1, shape)))
+    return logits
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, options: HeadTraining) -> torch.Tensor:
+    """(1 - a) cross-entropy + a T² KL(network at T || head at T), means over the batch."""
+    t = options.softening
+    divergence = functional.kl_div((logits / t).log_softmax(1), (teacher / t).log_softmax(1), log_target=True, reduction="batchmean")
+    return (1 - options.distillation) * functional.cross_entropy(logits, targets) + options.distillation * t * t * divergence
+
+
+def _save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)

@@ -1,0 +1,99 @@
+"""What the heads read, computed once: the backbone runs in the engine, its values go to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exitify.artifact.artifact import Artifact
+from exitify.data import Samples, pixels_to_inputs
+from exitify.errors import DataError
+from exitify.heads import ExitHead
+from exitify.plan import Cost, Stretch
+from exitify.progress import Progress
+from exitify.runtime.engines import make_engine
+from exitify.train.augment import Augmentation, augment
+
+ROWS_AT_ONCE = 250
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """Pooled values of all exits, row by row, float16, and the network's own logits beside them.
+
+    A row is the concatenation of each exit's pooled value; rows stand in a random order, which `rows` gives.
+    Written front to back, so an interrupted recording goes on where the file ends.
+    """
+
+    path: Path
+    rows: NDArray[np.integer]
+    widths: tuple[int, ...]
+    classes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row: features in float16, logits in float32."""
+        return 2 * sum(self.widths) + 4 * self.classes
+
+    def chunks(self, generator: np.random.Generator, size: int = 2500) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, NDArray[np.integer]]]:
+        """Yield features by exit, the network's logits, and which samples they are, in shuffled chunks with shuffled rows."""
+        starts = np.arange(0, len(self.rows), size)
+        generator.shuffle(starts)
+        with open(self.path, "rb") as stream:
+            for start in starts:
+                count = min(size, len(self.rows) - int(start))
+                stream.seek(int(start) * self.row_bytes)
+                raw = np.frombuffer(stream.read(count * self.row_bytes), np.uint8).reshape(count, self.row_bytes)
+                order = generator.permutation(count)
+                raw = raw[order]
+                split = 2 * sum(self.widths)
+                features = torch.from_numpy(np.ascontiguousarray(raw[:, :split]).view(np.float16))
+                logits = torch.from_numpy(np.ascontiguousarray(raw[:, split:]).view(np.float32))
+                yield list(features.split(self.widths, dim=1)), logits, self.rows[start : start + count][order]
+
+
+def record(
+    artifact: Artifact, heads: dict[str, ExitHead], samples: Samples, file: FeatureFile, how: Augmentation, *, seed: int, threads: int, progress: Progress
+) -> None:
+    """Write the file, from where it ends to the last row.
+
+    Raises:
+        DataError: the disk is full; what was written stays, and a later call goes on there.
+    """
+    run = make_engine("auto", artifact, threads).prepare(backbone(artifact))
+    plan = artifact.plan
+    done = file.path.stat().st_size // file.row_bytes if file.path.exists() else 0
+    done -= done % ROWS_AT_ONCE
+    try:
+        with open(file.path, "r+b" if file.path.exists() else "w+b") as stream:
+            stream.truncate(done * file.row_bytes)
+            stream.seek(done * file.row_bytes)
+            for start in range(done, len(file.rows), ROWS_AT_ONCE):
+                progress("recording features", start, len(file.rows))
+                rows = file.rows[start : start + ROWS_AT_ONCE]
+                generator = np.random.default_rng((seed, start))
+                pixels = samples.pixels(rows)
+                inputs = pixels_to_inputs(augment(pixels, how, generator), artifact.manifest.input) if pixels.dtype == np.uint8 else pixels
+                values = run({plan.input: inputs})
+                with torch.inference_mode():
+                    pooled = [heads[point.name].pool(torch.from_numpy(values[point.after])).flatten(1).half().numpy() for point in plan.exits]
+                parts = [*(array.view(np.uint8) for array in pooled), np.ascontiguousarray(values[plan.output], np.float32).view(np.uint8)]
+                stream.write(np.concatenate(parts, axis=1).tobytes())
+    except OSError as error:
+        needed = len(file.rows) * file.row_bytes / 2**30
+        raise DataError(f"cannot write {file.path}: {os.strerror(error.errno or 0)}", f"recording needs {needed:.1f} GiB there; free some, or use --copies 1") from error
+    progress("recording features", len(file.rows), len(file.rows))
+
+
+def backbone(artifact: Artifact) -> Stretch:
+    """The whole network without heads, giving the values that heads read and its own logits."""
+    plan = artifact.plan
+    trunks = [segment for segment in plan.segments if segment.kind != "head"]
+    outputs = dict.fromkeys([*(point.after for point in plan.exits), plan.output])
+    return Stretch(tuple(s.name for s in trunks), (plan.input,), tuple(outputs), (), "", sum((s.cost for s in trunks), Cost()))

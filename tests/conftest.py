@@ -1,0 +1,109 @@
+"""One seed a test, real data where there is any, and the optional model zoos."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("EXITIFY_DATA", ROOT.parent / "shared" / "data"))
+
+SOURCES = {
+    "cifar10.npz": "a part of CIFAR-10 (Krizhevsky 2009): x_train, y_train, x_test, y_test, classes; uint8 NHWC",
+    "imagenet_sample": "200 ImageNet images, <wnid>/<wnid>.jpg, with classes.tsv",
+    "weights/cifar10_resnet20_akamaster.safetensors": "akamaster/pytorch_resnet_cifar10, converted",
+    "weights/cifar10_resnet56_akamaster.safetensors": "akamaster/pytorch_resnet_cifar10, converted",
+}
+"""Where the files that tests marked `data` read come from."""
+
+# Machines are slow and shared: an example that takes a second is no failure. The seed is the test's own (derandomize).
+settings.register_profile("exitify", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("exitify")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `data` where there is no data."""
+    if item.get_closest_marker("data") and not DATA.is_dir():
+        pytest.skip(f"{DATA} is no folder: set EXITIFY_DATA to one that holds {', '.join(SOURCES)}")
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Random numbers that depend on the test's name alone: the same by itself, in any order, and in any process."""
+    number = int.from_bytes(hashlib.sha256(request.node.nodeid.encode()).digest()[:4], "little")
+    random.seed(number)
+    np.random.seed(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(number)
+    return number
+
+
+@pytest.fixture
+def data_file() -> Callable[[str], Path]:
+    """A function from a name under EXITIFY_DATA to its path; the test is skipped where the file is missing."""
+
+    def find(name: str) -> Path:
+        path = DATA / name
+        if not path.exists():
+            pytest.skip(f"{path} is missing: {SOURCES.get(name, 'see EXITIFY_DATA')}")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    """torchvision, also where its C++ operators do not load (its wheel from PyPI beside a CPU build of torch)."""
+    return _import_zoo("torchvision")
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """timm, which imports torchvision."""
+    _import_zoo("torchvision")
+    return _import_zoo("timm")
+
+
+def _import_zoo(name: str) -> ModuleType:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: pip install --no-deps {name}")
+    if name == "torchvision" and name not in sys.modules:
+        _STUBS.extend(_stub_operators())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its image decoders do not load either, and are not used
+        return importlib.import_module(name)
+
+
+_STUBS: list[Any] = []
+"""Operator libraries unregister when they are collected."""
+
+
+def _stub_operators() -> list[Any]:
+    """Two operators that `import torchvision` looks up, declared where its own library of operators does not load."""
+    import torch
+
+    files = importlib.metadata.files("torchvision") or []
+    for file in files:
+        if file.name.startswith("_C") and file.suffix in (".so", ".pyd"):
+            try:
+                torch.ops.load_library(str(file.locate()))
+            except OSError:
+                continue
+            return []
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return [library]
