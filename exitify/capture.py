@@ -44,7 +44,7 @@ def capture(model: nn.Module, example: torch.Tensor, *, source: str = "") -> Pro
         ModelError: the model cannot be traced (the message names module and line), or what was traced is not the model.
     """
     _refuse_other_inputs(model, example)
-    was_training = model.training
+    was_training = model.training and not _is_exported(model)  # an exported graph has one mode, and says True all the same
     with in_mode(model, training=False), torch.no_grad():
         expected = {batch: _call(model, _with_batch(example, batch)) for batch in (1, 2, 3)}
         members, graph, places = _from_exported(model) if _is_exported(model) else _trace(model)
@@ -101,6 +101,16 @@ class _ModuleTracer(fx.Tracer):
         super().__init__()
         self.leaves = leaves
         self.inside: list[str] = []
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """Proxies for what `forward` takes; arguments after the first that can be left out are left out."""
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, argument in list(enumerate(arguments))[2:]:
+            target = str(argument.node.target)
+            if argument.node.args or target.startswith("*"):
+                arguments[i] = argument.node.args[0] if argument.node.args else {} if target.startswith("**") else ()
+                self.graph.erase_node(argument.node)
+        return function, arguments
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name) or _reads_mode(m)
@@ -250,7 +260,13 @@ def _shapes(members: nn.Module, graph: fx.Graph, x: torch.Tensor) -> dict[str, t
                 shapes[n.name] = (tuple(result.shape), str(result.dtype).removeprefix("torch."))
             return result
 
-    Recorder(members, graph=graph).run(x)
+    try:
+        Recorder(members, graph=graph).run(x)
+    except Exception as error:
+        raise ModelError(
+            f"the traced network fails at batch {x.shape[0]}, where the model does not: {_one_line(error)}",
+            "a part of its forward depends on the batch size or on values; move it into a submodule of its own",
+        ) from error
     return shapes
 
 

@@ -116,7 +116,11 @@ def _step(key: str, value: str) -> Any:
         return _choice(key, value, tuple(FILTERS))
     if key == "scale":
         above, over, below = value.partition("/")
-        return _number(key, above) / (_number(key, below) or math.nan) if over else _number(key, value)
+        divisor = _number(key, below) if over else 1.0
+        factor = _number(key, above) / divisor if divisor else math.inf
+        if not math.isfinite(factor):
+            raise DataError(f"the preprocess has scale={value}, which is no finite number", "give the factor on the bytes 0 … 255, scale=1/255")
+        return factor
     return tuple(_number(key, number) for number in value.split(","))
 
 

@@ -25,7 +25,11 @@ def transform(model: nn.Module, example: torch.Tensor, *, exits: str | int = "au
     Raises:
         ModelError: the model cannot be traced. PlanError: an exit cannot stand where it was asked for.
     """
-    program = capture(model, example, source=source)
+    return add_exits(capture(model, example, source=source), exits=exits, head=head)
+
+
+def add_exits(program: Program, *, exits: str | int = "auto", head: str = "auto") -> Program:
+    """Return a captured program with fresh heads, cut into segments (see `transform`)."""
     for step in (ChooseExits(exits=str(exits), head=head), AttachHeads(), CutSegments()):
         program = step(program)
     return program

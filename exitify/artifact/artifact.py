@@ -6,7 +6,6 @@ import hashlib
 import mmap
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from exitify.errors import (
     UnknownFormat,
     UnknownProfile,
 )
+from exitify.files import written_whole
 from exitify.plan import Plan
 from exitify.records import dumps, from_json, loads
 
@@ -103,21 +103,11 @@ class Artifact:
         """Write the artifact: to a temporary file in the same folder, then renamed, so that a reader sees the old or the new.
 
         Raises:
-            ArtifactError: the file cannot be written; what stood there before is whole.
+            NotWritten: the file cannot be written; what stood there before is whole.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            with open(temporary, "xb") as stream:
-                container.write(stream, {MANIFEST: dumps(self.manifest), **self.files})
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {target}: {error.strerror}", "nothing was changed; free some space or choose another place") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return target
+        with written_whole(path) as stream:
+            container.write(stream, {MANIFEST: dumps(self.manifest), **self.files})
+        return Path(path)
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> Artifact:

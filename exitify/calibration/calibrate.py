@@ -90,6 +90,8 @@ def calibrate(
     """
     _check_request(artifact, max_drop, budget_macs, risk)
     check_profile_name(name)
+    if len(samples) < FEWEST_SAMPLES:
+        raise CalibrationError(f"{len(samples)} samples are too few to calibrate on", f"give at least {FEWEST_SAMPLES}; a thousand and more make the promise sharp")
     outputs = record_outputs(artifact, samples, engine=engine, threads=threads, progress=progress)
     progress("searching thresholds", 0, 1)
     if max_drop is not None:

@@ -1,0 +1,5 @@
+"""The command line: `exitify transform | train | calibrate | run | bench | inspect | export`."""
+
+from exitify.cli.app import main
+
+__all__ = ["main"]

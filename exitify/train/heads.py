@@ -18,6 +18,7 @@ from exitify.artifact.artifact import HEADS, Artifact, build_artifact
 from exitify.artifact.tensors import write_tensors
 from exitify.data import Samples
 from exitify.errors import DataError, PlanError
+from exitify.files import written_whole
 from exitify.heads import ExitHead
 from exitify.program import HEADS as HEADS_MODULE
 from exitify.progress import Progress, silent
@@ -273,6 +274,5 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, op
 
 
 def _save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    with written_whole(path) as stream:
+        torch.save(state, stream)

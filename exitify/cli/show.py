@@ -1,0 +1,67 @@
+"""What the commands print: tables for people, JSON for machines, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from exitify.progress import Progress
+from exitify.records import to_json
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; columns whose cells are all numbers stand right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left", header_style="bold")
+    for i, name in enumerate(columns):
+        cells = [str(row[i]) for row in rows]
+        numeric = all(cell[:1].isdigit() or cell[:1] in "+-−." for cell in cells if cell)
+        grid.add_column(name, justify="right" if numeric and rows else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, highlight=False).print(grid)
+
+
+def as_json(document: Any) -> None:
+    """Print a document for machines."""
+    print(json.dumps(to_json(document), ensure_ascii=False, allow_nan=False))
+
+
+def python_call(call: str) -> None:
+    """Print the Python that does the same."""
+    print(f"In Python: {call}")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, one line a stage; quiet when stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        stages: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+
+        yield advance
+
+
+def millions(macs: float) -> str:
+    """Multiply-adds in millions."""
+    return f"{macs / 1e6:.1f} M"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage."""
+    return f"{share * 100:.1f} %"

@@ -1,0 +1,164 @@
+"""Commands of any machine with an artifact: run, bench, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from exitify.cli import show
+from exitify.cli.build import ARTIFACT, DATA, JSON, THREADS, class_count, show_exits, show_profile
+from exitify.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from exitify.artifact.manifest import InputContract
+
+PROFILE = typer.Option(help="Calibrated profile; by default the one called 'default', if there is one.")
+ENGINE = typer.Option(help="auto, onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt or reference.")
+
+
+def run(
+    artifact: Annotated[Path, ARTIFACT],
+    inputs: Annotated[list[str], typer.Argument(help="Pictures, or .npy arrays with one or more inputs.", show_default=False)],
+    profile: Annotated[Optional[str], PROFILE] = None,
+    engine: Annotated[str, ENGINE] = "auto",
+    threads: Annotated[int, THREADS] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="How many to answer at once.")] = 1,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Answer for pictures or arrays, stopping as early as the profile allows."""
+    from exitify.runtime.session import Session
+
+    session = Session.load(artifact, engine=engine, profile=profile, threads=threads)
+    named = [pair for name in inputs for pair in read_inputs(name, session.contract)]
+    answers = []
+    for start in range(0, len(named), batch):
+        ready = [x for _, x in named[start : start + batch]]
+        answers += [session.run(ready[0])] if batch == 1 else session.run_batch(_stacked(ready))
+    if json:
+        rows = [
+            {"input": name, "label": a.label, "name": a.name, "exit": a.exit, "macs": a.macs, "ms": a.ms, "probabilities": [float(p) for p in a.probabilities], "logits": [float(v) for v in a.logits]}
+            for (name, _), a in zip(named, answers)
+        ]  # fmt: skip
+        show.as_json({"profile": session.profile_name, "engine": session.engine.name, "answers": rows})
+        return
+    full = session.artifact.plan.full_macs
+    table = [(name, a.name, f"{a.probabilities[a.label]:.3f}", a.exit, f"{a.macs / full:.3f}", f"{a.ms:.2f}") for (name, _), a in zip(named, answers)]
+    show.table("", ("input", "answer", "probability", "exit", "of the cost", "ms"), table)
+    if session.profile_name is None and session.artifact.plan.exits:
+        print("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
+    show.python_call(f"exitify.Session.load({str(artifact)!r}).run(x)")
+
+
+def read_inputs(name: str, contract: InputContract) -> list[tuple[str, NDArray[Any]]]:
+    """The inputs in a file, each with the name to show: a picture, or the rows of a .npy array.
+
+    Raises:
+        DataError: no such file, neither a picture nor an array, or of another shape than the network's input.
+    """
+    import numpy as np
+
+    from exitify.data import picture_to_input
+
+    if not Path(name).is_file():
+        raise DataError(f"there is no file {name}", "give pictures or .npy arrays")
+    if not name.endswith(".npy"):
+        return [(name, picture_to_input(name, contract))]
+    try:
+        array = np.load(name, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{name} is not a .npy array: {str(error).splitlines()[0][:100]}", "write it with numpy.save, without objects") from error
+    one = len(contract.shape)
+    if array.ndim == one:
+        return [(name, array)]
+    if array.ndim != one + 1:
+        raise DataError(f"{name} has shape {array.shape}, and the network reads (N, {', '.join(map(str, contract.shape))})", "see `exitify inspect`")
+    return [(f"{name}[{i}]", row) for i, row in enumerate(array)]
+
+
+def _stacked(arrays: list[NDArray[Any]]) -> NDArray[np.generic]:
+    import numpy as np
+
+    if len({array.shape for array in arrays}) > 1:
+        raise DataError(f"inputs of the shapes {sorted({array.shape for array in arrays})} cannot be answered as one batch", "use --batch 1")
+    return np.stack(arrays)
+
+
+def bench(
+    artifact: Annotated[Path, ARTIFACT],
+    data: Annotated[str, DATA],
+    against: Annotated[str, typer.Option(help="onnxruntime, torch, inductor, separated by commas.")] = "onnxruntime",
+    profile: Annotated[Optional[str], PROFILE] = None,
+    engine: Annotated[str, ENGINE] = "auto",
+    threads: Annotated[int, THREADS] = 1,
+    samples: Annotated[int, typer.Option(min=2, help="How many to time.")] = 1000,
+    model: Annotated[Optional[str], typer.Option(help="The original, for torch; by default the one the artifact came from.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Time the artifact against the same network without exits: same process, same threads, in turn."""
+    from exitify.artifact.artifact import Artifact
+    from exitify.bench import bench as time_all
+    from exitify.data import load_samples
+
+    opened = Artifact.open(artifact)
+    loaded = load_samples(data, opened.manifest.input, classes=class_count(opened))
+    contenders = against.split(",")
+    module = original_module(opened, model, trust) if {"torch", "inductor"} & set(contenders) else None
+    with show.progress_bar() as progress:
+        report = time_all(opened, loaded, against=contenders, profile=profile, engine=engine, threads=threads, most=samples, model=module, progress=progress)
+    if json:
+        show.as_json(report)
+        return
+    rows = [
+        (t.name, f"{t.mean_ms:.3f}", f"{t.p50_ms:.3f}", f"{t.p95_ms:.3f}", f"{t.mean_ratio:.3f}", f"{t.spread[0]:.3f} to {t.spread[1]:.3f}", show.percent(t.accuracy))
+        for t in report.timings
+    ]  # fmt: skip
+    title = f"{report.samples} samples, batch 1, {report.threads} thread{'s' if report.threads > 1 else ''}"
+    show.table(title, ("", "mean ms", "p50 ms", "p95 ms", "mean ratio", "quartiles", "accuracy"), rows)
+    print("Left at: " + ", ".join(f"{name} {show.percent(share)}" for name, share in report.exits.items()) + f"; mean cost {report.mean_macs_share:.3f} of the network's.")
+    show.python_call(f"exitify.bench(exitify.Artifact.open({str(artifact)!r}), samples)")
+
+
+def original_module(artifact: Any, model: str | None, trust: bool) -> Any:
+    """The model that the artifact came from, with the artifact's weights."""
+    import numpy as np
+    import torch
+
+    from exitify.artifact.artifact import WEIGHTS
+    from exitify.errors import ModelError
+    from exitify.models import load_model
+
+    source = model or artifact.manifest.model.source
+    if not source:
+        raise ModelError("the artifact does not say which model it came from", "give --model MODEL")
+    module = load_model(source, input_shape=artifact.manifest.input.shape, trust=trust).module
+    tensors = artifact.tensors(WEIGHTS)
+    own = {name: torch.from_numpy(np.array(tensors[name])) for name in module.state_dict() if name in tensors}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise ModelError(f"{source} is not the model of this artifact", "give the one that was transformed: --model MODEL") from error
+    return module
+
+
+def inspect(artifact: Annotated[Path, ARTIFACT], json: Annotated[bool, JSON] = False) -> None:
+    """Say what an artifact holds. Checks every hash, executes nothing."""
+    from exitify.artifact.artifact import Artifact
+
+    opened = Artifact.open(artifact)
+    manifest = opened.manifest
+    if json:
+        show.as_json({**vars(manifest), "profiles": opened.profiles})
+        return
+    print(f"{artifact}: format {manifest.format}, written by exitify {manifest.exitify}, {artifact.stat().st_size / 2**20:.1f} MiB")
+    print(f"model {manifest.model_id[:16]} from {manifest.model.source or 'a module'}; heads {'trained' if manifest.heads_trained else 'untrained'}")
+    print(f"input {manifest.input.dtype} (N, {', '.join(map(str, manifest.input.shape))}); {manifest.input.preprocess or 'no preprocessing known: arrays only'}")
+    print(f"{class_count(opened)} classes" + (f": {', '.join(manifest.input.classes[:10])}{' …' if len(manifest.input.classes) > 10 else ''}" if manifest.input.classes else ""))
+    show_exits(opened.plan)
+    for name, profile in opened.profiles.items():
+        show_profile(name, profile)
