@@ -60,7 +60,9 @@ def main() -> None:
               f"{int(on.sum())} exits on", flush=True)  # fmt: skip
     table = np.array(rows)
     error = table[:, 0].std(ddof=1) / np.sqrt(len(table))
-    print(f"full network {right[-1].mean():.4f}; drop {table[:, 0].mean() * 100:.2f} ± {error * 100:.2f} points; MACs {table[:, 1].mean():.3f} (sd {table[:, 1].std():.3f})")
+    print(
+        f"full network {right[-1].mean():.4f}; drop {table[:, 0].mean() * 100:.2f} ± {error * 100:.2f} points; MACs {table[:, 1].mean():.3f} (sd {table[:, 1].std():.3f})"
+    )
     for name in ("mean_ms", "p50_ms", "p95_ms"):
         ours, theirs = (np.array([getattr(timing, name) for timing in series]) for series in (times, baseline))
         low, middle, high = np.percentile(ours / theirs, (25, 50, 75))

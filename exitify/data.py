@@ -612,7 +612,7 @@ def _from_loader(name: str, contract: InputContract, classes: int) -> Samples:
             x, y = _collect(loader(), name)
         except ExitifyError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"{name} fails{place_of(error)}: {_one_line(error)}", "it is called without arguments, and returns (x, y), or batches of them"
             ) from error

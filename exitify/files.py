@@ -32,6 +32,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise NotWritten(f"cannot write {target}: {error.strerror or error}", "nothing was changed; free some space or choose another place") from error
+        raise NotWritten(
+            f"cannot write {target}: {error.strerror or error}", "nothing was changed; free some space or choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

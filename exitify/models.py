@@ -138,10 +138,11 @@ def _require_file(path: Path) -> None:
 
 def _entries(path: Path) -> set[str]:
     """Names in a zip file, below its top folder; empty when it is none."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as file:
+            return {name.partition("/")[2] for name in file.namelist()}
+    except (zipfile.BadZipFile, OSError):
         return set()
-    with zipfile.ZipFile(path) as file:
-        return {name.partition("/")[2] for name in file.namelist()}
 
 
 def _from_export(path: Path, *, trust: bool) -> _Found:
@@ -239,8 +240,8 @@ def _from_factory(name: str) -> _Found:
         factory = import_object(name, ModelError)
         module = factory if isinstance(factory, nn.Module) else _built(name, factory)
     shape = getattr(factory, "input_shape", None)
-    text = getattr(factory, "preprocess", None)
-    steps, color = parse_preprocess(text) if isinstance(text, str) else (None, None)
+    told = getattr(factory, "preprocess", None)
+    steps, color = parse_preprocess(told) if isinstance(told, str) else (told if isinstance(told, Preprocess) else None, None)
     names = getattr(factory, "classes", None)
     return _Found(
         module,
@@ -258,7 +259,7 @@ def _built(name: str, factory: Any) -> nn.Module:
         module = factory()
     except ExitifyError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{name} fails{place_of(error)}: {_one_line(error)}", "it is called without arguments, and returns the module") from error
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -351,7 +352,7 @@ def _require_known(package: str, name: str, known: Sequence[str]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the state_dict in a file, out of its nesting and without the prefixes of wrappers. No code in the file runs.
+    """Return the state_dict in a file, out of its nesting (`{"state_dict": …}`, `{"model": …}`). No code in the file runs.
 
     Args:
         path: `.safetensors`, or `.pth`, `.pt`, `.bin` as `torch.save` writes them.
@@ -371,11 +372,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             data = data[nesting]
     if not isinstance(data, Mapping) or not data or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in data.items()):
         raise ModelError(f"{path} holds no state_dict", "save one: torch.save(model.state_dict(), path)")
-    state = dict(data)
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return dict(data)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -402,9 +399,10 @@ def _read_checkpoint(path: Path) -> Any:
 
 def _put_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path, *, renamed: Callable[[str], str] | None = None) -> None:
     """Load all of `state`, or say in one line what does not fit."""
+    own = module.state_dict()
+    state = _unwrapped(state, own)
     if renamed is not None:
         state = {renamed(key): value for key, value in state.items()}
-    own = module.state_dict()
     reshaped = [key for key, value in state.items() if isinstance(own.get(key), torch.Tensor) and own[key].shape != value.shape]
     try:
         missing, unexpected = module.load_state_dict({key: value for key, value in state.items() if key not in reshaped}, strict=False)
@@ -423,6 +421,14 @@ def _put_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Pat
         f"{path} holds the weights of another network: of {len(own)} keys, {', '.join(parts)}",
         "give the factory that builds the network they were trained in (its number of classes too)",
     )
+
+
+def _unwrapped(state: Mapping[str, torch.Tensor], own: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """The same without the prefixes of wrappers that the network itself does not have."""
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+            return _unwrapped({key.removeprefix(prefix): value for key, value in state.items()}, own)
+    return state
 
 
 def _shown(tensor: torch.Tensor) -> str:
@@ -473,8 +479,11 @@ def _example(contract: InputContract) -> torch.Tensor:
 
 def _set_eval(module: nn.Module) -> None:
     """Eval mode; exported programs refuse `eval()` and are in it already."""
-    for part in module.modules():
-        part.training = False
+    try:
+        module.eval()
+    except NotImplementedError:
+        for part in module.modules():
+            part.training = False
 
 
 def _one_line(error: BaseException) -> str:

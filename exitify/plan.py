@@ -190,6 +190,11 @@ class Plan:
         raise PlanError(f"there is no exit {name!r}", f"this network has {names or 'no early exits'}, and {FINAL}")
 
     @property
+    def classes(self) -> int:
+        """How many classes the network knows."""
+        return self.values[self.output].shape[-1]
+
+    @property
     def exit_names(self) -> tuple[str, ...]:
         """Names of the exits, first to last, then `final`."""
         return (*(point.name for point in self.exits), FINAL)

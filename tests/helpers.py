@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from exitify.capture import capture
+from exitify.errors import PlanError
 from exitify.heads import HeadWithScores
 from exitify.passes.attach_heads import AttachHeads
 from exitify.passes.choose_exits import ChooseExits, head_spec
 from exitify.passes.cut_segments import CutSegments
-from exitify.errors import PlanError
 from exitify.plan import Segment
 from exitify.program import HEADS, Program, carriers, compile_graph, extract
 from tests.models import SHAPE, ZOO, warm_up

@@ -81,7 +81,11 @@ class ProjectionResidual(nn.Module):
 class BottleneckBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.reduce, self.conv, self.expand = _conv(channels, channels // 4, 1), _conv(channels // 4, channels // 4), _conv(channels // 4, channels, 1)
+        self.reduce, self.conv, self.expand = (
+            _conv(channels, channels // 4, 1),
+            _conv(channels // 4, channels // 4),
+            _conv(channels // 4, channels, 1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.conv(F.relu(self.reduce(x))))

@@ -17,7 +17,7 @@ from torch import nn
 
 from exitify.capture import capture
 from exitify.errors import ModelError
-from exitify.program import ExitOutputs, Program
+from exitify.program import Program
 from tests.helpers import assert_close, captured, images, run_segments, state, with_exits
 from tests.models import CLASSES, SHAPE, ZOO, warm_up
 

@@ -29,6 +29,7 @@ BATCH = torch.export.Dim("batch", min=1, max=64)
 CODE = """
 import torch
 from torch import nn
+from exitify.artifact.manifest import Preprocess
 from tests.models import Plain
 
 def bare(): return Plain()
@@ -51,6 +52,11 @@ def wants(depth): return Plain()
 def breaks():
     return 1 / 0
 def scripted(): return torch.jit.trace(Plain().eval(), torch.zeros(1, 3, 16, 16))
+def leaves(): raise SystemExit("usage")
+def wrapped(): return nn.DataParallel(Plain())
+def with_steps(): return Plain()
+with_steps.input_shape = (3, 16, 16)
+with_steps.preprocess = Preprocess(crop=(16, 16))
 def gives_weights(): return Plain().state_dict()
 thing = 3
 """
@@ -385,6 +391,7 @@ def test_a_factorys_attributes_are_defaults(user_module: str) -> None:
     contract = load_model(f"{user_module}:described").contract
     assert contract == InputContract(SHAPE, preprocess=Preprocess((20,), (16, 16), mean=(0.5,), std=(0.25,)), classes=tuple("abcde"))
     assert load_model(f"{user_module}:in_text").contract.shape == SHAPE
+    assert load_model(f"{user_module}:with_steps").contract.preprocess == Preprocess(crop=(16, 16))
 
 
 def test_a_single_channel_is_grey(user_module: str) -> None:
@@ -414,6 +421,7 @@ def test_a_default_preprocess_for_another_size_is_dropped_aloud(user_module: str
         ("bare", "the input shape of .* is not known"),
         ("wants", r"fails: TypeError: .*missing 1 required positional argument"),
         ("breaks", r"fails at .*user_model.*\.py:\d+: ZeroDivisionError: division by zero"),
+        ("leaves", "fails at .*: SystemExit: usage"),
         ("gives_weights", r"returns a OrderedDict, not a torch\.nn\.Module"),
         ("thing", "is a int, not a function"),
         ("describe", "has no 'describe'"),
@@ -478,12 +486,18 @@ def test_weights_are_read_from_every_kind_of_file(user_module: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("nesting", ["state_dict", "model", "model_state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_nesting_and_the_prefixes_of_wrappers_are_taken_off(user_module: str, tmp_path: Path, nesting: str | None, prefix: str) -> None:
     net = Plain()
     state: dict[str, object] = {prefix + key: value for key, value in net.state_dict().items()}
     path = saved(tmp_path / "w.pth", {nesting: state, "epoch": 90} if nesting else state)
     assert same(load_model(f"{user_module}:bare", weights=path, input_shape=SHAPE).module, net)
+
+
+def test_a_prefix_that_the_network_has_itself_is_kept(user_module: str, tmp_path: Path) -> None:
+    state = {f"module.{key}": value for key, value in Plain().state_dict().items()}
+    loaded = load_model(f"{user_module}:wrapped", weights=saved(tmp_path / "w.pth", state), input_shape=SHAPE)
+    assert torch.equal(loaded.module.module.fc.weight, state["module.fc.weight"])
 
 
 def test_old_weights_without_batch_counters_are_read(user_module: str, tmp_path: Path) -> None:

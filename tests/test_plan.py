@@ -33,7 +33,11 @@ def a_plan(output: str, exits: list[ExitPoint], segments: list[Segment]) -> Plan
     values = {name: Value((WIDTH, 4, 4), "float32") for segment in segments for name in (*segment.inputs, *segment.outputs)}
     values[output] = Value((CLASSES,), "float32")
     for point in exits:
-        values |= {point.logits: Value((CLASSES,), "float32"), point.features: Value((WIDTH,), "float32"), point.scores: Value((len(SCORES),), "float32")}
+        values |= {
+            point.logits: Value((CLASSES,), "float32"),
+            point.features: Value((WIDTH,), "float32"),
+            point.scores: Value((len(SCORES),), "float32"),
+        }
     return Plan("x", output, tuple(exits), tuple(segments), values)
 
 
@@ -238,7 +242,10 @@ def broken_plans() -> dict[str, tuple[Plan, str]]:
         "no shape of the output": (without(plan, "y"), "the plan does not say what 'y' looks like"),
         "nobody computes the output": (replaced(plan, 6, outputs=()), "no segment computes the network's output 'y'"),
         "no head": (dataclasses.replace(plan, segments=(plan.segments[0], *plan.segments[2:])), "no segment computes 'exit1.logits' with shape"),
-        "a head of another width": (dataclasses.replace(plan, values=narrow), r"no segment computes 'exit1.z' with shape \(8,\), as exit 'exit1' needs"),
+        "a head of another width": (
+            dataclasses.replace(plan, values=narrow),
+            r"no segment computes 'exit1.z' with shape \(8,\), as exit 'exit1' needs",
+        ),
         "called final": (renamed_exit(plan, "final"), "an exit cannot be called 'final'\n  hint: use letters, digits and _"),
         "called as a path": (renamed_exit(plan, "../exit1"), "an exit cannot be called '../exit1'"),
         "called nothing": (renamed_exit(plan, ""), "an exit cannot be called ''"),
@@ -279,7 +286,10 @@ def test_the_text_of_a_plan_without_segments_says_no_shares():
     assert plan.text().splitlines()[1] == "  exit exit1 after a (place of a): linear 8x4x4 -> 8 -> 5"
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2), ("float64", 8), ("int64", 8), ("int16", 2), ("int8", 1), ("uint8", 1), ("bool", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("float32", 4), ("float16", 2), ("bfloat16", 2), ("float64", 8), ("int64", 8), ("int16", 2), ("int8", 1), ("uint8", 1), ("bool", 1)],
+)
 def test_the_size_of_a_value_is_that_of_one_sample(dtype, size):
     assert Value((3, 5, 7), dtype).size_bytes == 105 * size
 

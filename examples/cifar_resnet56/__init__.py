@@ -1,0 +1,1 @@
+"""CIFAR-10's ResNet-56 with early exits."""

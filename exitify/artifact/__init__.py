@@ -1,0 +1,1 @@
+"""The one file: container, manifest, graphs, tensors. FORMAT.md specifies it."""

@@ -121,7 +121,9 @@ class Artifact:
                 size = os.fstat(stream.fileno()).st_size
                 buffer: Buffer = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except OSError as error:
-            raise ArtifactError(f"cannot open {path}: {error.strerror}", "give the path of a .exitify file; `exitify transform` writes one") from error
+            raise ArtifactError(
+                f"cannot open {path}: {error.strerror}", "give the path of a .exitify file; `exitify transform` writes one"
+            ) from error
         try:
             return parse_artifact(buffer)
         except ArtifactError as error:
@@ -154,10 +156,12 @@ def parse_artifact(buffer: Buffer) -> Artifact:
     """Return the artifact in these bytes, checked (see `Artifact.open`)."""
     files: dict[str, memoryview] = container.read(buffer)
     if next(iter(files), "") != MANIFEST:
-        raise NotAnArtifact("the file is a zip, but its first file is not manifest.json", "`exitify transform MODEL -o net.exitify` writes an artifact")
+        raise NotAnArtifact(
+            "the file is a zip, but its first file is not manifest.json", "`exitify transform MODEL -o net.exitify` writes an artifact"
+        )
     manifest = _read_manifest(files.pop(MANIFEST))
     _check_files(manifest, files)
-    artifact = Artifact(manifest, files)  # type: ignore[arg-type]
+    artifact = Artifact(manifest, files)
     _translate("the plan", manifest.plan.check)
     _translate("the input contract", manifest.input.check)
     _check_model(artifact)
@@ -171,7 +175,9 @@ def _read_manifest(data: memoryview) -> Manifest:
     document = _translate(MANIFEST, lambda: loads(bytes(data), MANIFEST))
     version = document.get("format") if isinstance(document, dict) else None
     if version != FORMAT or type(version) is not int:
-        raise UnknownFormat(f"the artifact has format {version!r}, and this release reads {FORMAT}", "install the exitify that wrote it, or transform the model again")
+        raise UnknownFormat(
+            f"the artifact has format {version!r}, and this release reads {FORMAT}", "install the exitify that wrote it, or transform the model again"
+        )
     return _translate(MANIFEST, lambda: from_json(Manifest, document, MANIFEST))
 
 
@@ -225,7 +231,9 @@ def _check_profiles(artifact: Artifact) -> None:
             raise MalformedManifest(f"profile {name!r} was made for another network", "calibrate again: `exitify calibrate`")
         temperatures = [profile.final_temperature, *(setting.temperature for setting in profile.exits.values())]
         if min(temperatures) <= 0:
-            raise MalformedManifest(f"profile {name!r} has a temperature of {min(temperatures)}, and it must be above 0", "calibrate again: `exitify calibrate`")
+            raise MalformedManifest(
+                f"profile {name!r} has a temperature of {min(temperatures)}, and it must be above 0", "calibrate again: `exitify calibrate`"
+            )
 
 
 def _read_record(kind: type[T], data: Buffer, where: str) -> T:
@@ -243,4 +251,3 @@ def _translate(where: str, work: Callable[[], T]) -> T:
     except ExitifyError as error:
         problem = error.problem if where in error.problem else f"{where}: {error.problem}"
         raise MalformedManifest(problem, error.hint or "get the artifact again") from error
-

@@ -12,11 +12,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from mmap import mmap
-from typing import BinaryIO, Union
+from typing import BinaryIO
 
 from exitify.errors import AlteredFile, ExtraFile, NotAnArtifact, OversizedArtifact, TruncatedArtifact, UnsafePath
 
-Buffer = Union[bytes, bytearray, memoryview, mmap]
+Buffer = bytes | bytearray | memoryview | mmap
 
 ALIGNMENT = 64
 """Each file's data starts at a multiple of this, so that tensors can be mapped and read in place."""

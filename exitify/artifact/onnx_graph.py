@@ -99,7 +99,9 @@ def join(segments: Sequence[Segment], inputs: Sequence[str], outputs: Sequence[s
         for name in names:
             graph += _field(number, _value_info(name, values[name]))
     opset = _field(1, b"") + _number(2, OPSET)
-    return bytes(_number(_MODEL_IR, IR_VERSION) + _field(_MODEL_PRODUCER, b"exitify") + _field(_MODEL_GRAPH, bytes(graph)) + _field(_MODEL_OPSET, opset))
+    return bytes(
+        _number(_MODEL_IR, IR_VERSION) + _field(_MODEL_PRODUCER, b"exitify") + _field(_MODEL_GRAPH, bytes(graph)) + _field(_MODEL_OPSET, opset)
+    )
 
 
 @dataclass(frozen=True)

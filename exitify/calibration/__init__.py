@@ -1,0 +1,1 @@
+"""When to stop, from recorded outputs: NumPy alone, so that a device can do it too."""

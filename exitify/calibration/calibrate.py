@@ -35,15 +35,16 @@ FEWEST_SAMPLES = 50
 class Outputs:
     """Logits of every exit on the calibration samples, and their labels.
 
-    logits: `(K + 1, N, classes)`, the network's own last. labels: `(N,)`.
+    logits: `(K + 1, N, classes)`, the network's own last. labels: `(N,)`. engine: What computed them.
     """
 
     logits: NDArray[np.float32]
     labels: NDArray[np.int64]
+    engine: str = ""
 
     def select(self, rows: NDArray[np.integer]) -> Outputs:
         """The same for these samples only."""
-        return Outputs(self.logits[:, rows], self.labels[rows])
+        return Outputs(self.logits[:, rows], self.labels[rows], self.engine)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def calibrate(
     _check_request(artifact, max_drop, budget_macs, risk)
     check_profile_name(name)
     if len(samples) < FEWEST_SAMPLES:
-        raise CalibrationError(f"{len(samples)} samples are too few to calibrate on", f"give at least {FEWEST_SAMPLES}; a thousand and more make the promise sharp")
+        raise CalibrationError(
+            f"{len(samples)} samples are too few to calibrate on", f"give at least {FEWEST_SAMPLES}; a thousand and more make the promise sharp"
+        )
     outputs = record_outputs(artifact, samples, engine=engine, threads=threads, progress=progress)
     progress("searching thresholds", 0, 1)
     if max_drop is not None:
@@ -111,8 +114,14 @@ def calibrate(
         for point, threshold, temperature in zip(artifact.plan.exits, settings.thresholds, settings.temperatures)
     }
     profile = Profile(
-        artifact.manifest.model_id, policy, exits, float(settings.temperatures[-1]), settings.promise, engine=Session(artifact, engine=engine).engine.name, data=samples.identity()
-    )  # fmt: skip
+        artifact.manifest.model_id,
+        policy,
+        exits,
+        float(settings.temperatures[-1]),
+        settings.promise,
+        engine=outputs.engine,
+        data=samples.identity(),
+    )
     return artifact.with_profile(name, profile)
 
 
@@ -128,7 +137,7 @@ def record_outputs(artifact: Artifact, samples: Samples, *, engine: str = "auto"
         parts.append(np.stack([logits[name] for name in names]))
         done += len(labels)
     progress("recording outputs", done, len(samples))
-    return Outputs(np.concatenate(parts, axis=1), samples.labels)
+    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.name)
 
 
 def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: str = "top1", seed: int = 0) -> Settings:
@@ -206,8 +215,8 @@ def looks_memorised(settings: Settings) -> str:
     promise = settings.promise
     if promise.full_accuracy > 0.99 and settings.temperatures[-1] < 1.0:
         return (
-            f"The network is right on {promise.full_accuracy:.2%} of these samples and too modest about it (temperature {settings.temperatures[-1]:.2f}): "
-            "they look memorised. Calibrate on samples that it was not trained on."
+            f"The network is right on {promise.full_accuracy:.2%} of these samples and too modest about it "
+            f"(temperature {settings.temperatures[-1]:.2f}): they look memorised. Calibrate on samples that it was not trained on."
         )
     return ""
 
@@ -279,7 +288,7 @@ def confidence_of(logits: NDArray[np.floating], policy: str) -> NDArray[np.float
     """A policy's score of logits `(N, classes)` at their temperature, higher is surer."""
     probabilities = np.exp(log_softmax(logits))
     top = np.partition(probabilities, -2, axis=1)[:, -2:]
-    return top[:, 1] if policy == "top1" else top[:, 1] - top[:, 0]  # type: ignore[no-any-return]
+    return top[:, 1] if policy == "top1" else top[:, 1] - top[:, 0]
 
 
 def _excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -292,7 +301,7 @@ def _excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArra
     observed = (predictions != outputs.labels).astype(float)
     belief = np.exp(log_softmax(outputs.logits[-1] / temperatures[-1]))
     expected = 1.0 - np.take_along_axis(belief, predictions.T, axis=1).T
-    return 0.5 * (observed - observed[-1]) + 0.5 * (expected - expected[-1])  # type: ignore[no-any-return]
+    return 0.5 * (observed - observed[-1]) + 0.5 * (expected - expected[-1])
 
 
 def _disagreement(outputs: Outputs, *, smooth: bool = True) -> NDArray[np.float64]:
@@ -303,13 +312,13 @@ def _disagreement(outputs: Outputs, *, smooth: bool = True) -> NDArray[np.float6
         return differs
     belief = np.exp(log_softmax(outputs.logits[-1]))
     gap = belief.max(axis=1) - np.take_along_axis(belief, predictions.T, axis=1).T
-    return 0.5 * differs + 0.5 * gap  # type: ignore[no-any-return]
+    return 0.5 * differs + 0.5 * gap
 
 
 def _macs(plan: Plan, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
     """Multiply-adds of a run that ends at each exit, as shares of the full network's; infinite where an exit is off."""
     reach = plan.macs_at([point.name for point, threshold in zip(plan.exits, thresholds) if threshold < NEVER])
-    return np.array([reach.get(name, np.inf) for name in plan.exit_names]) / plan.full_macs  # type: ignore[no-any-return]
+    return np.array([reach.get(name, np.inf) for name in plan.exit_names], np.float64) / plan.full_macs
 
 
 def _check_request(artifact: Artifact, max_drop: float | None, budget_macs: float | None, risk: tuple[float, float] | None) -> None:
@@ -321,7 +330,7 @@ def _check_request(artifact: Artifact, max_drop: float | None, budget_macs: floa
         raise CalibrationError("the artifact's heads are untrained", "run `exitify train` first")
     if max_drop is not None and not 0 <= max_drop <= 1:
         raise CalibrationError(f"--max-drop {max_drop:g} is no share of the samples", "0.005 is half a point of accuracy")
-    if budget_macs is not None and not 0 < budget_macs:
+    if budget_macs is not None and not budget_macs > 0:
         raise CalibrationError(f"--budget-macs {budget_macs:g} is no share of the network's multiply-adds", "0.6 is three fifths")
     if risk is not None and not (0 < risk[0] < 1 and 0 < risk[1] < 1):
         raise CalibrationError(f"--risk {risk[0]:g}@{risk[1]:g} is no rate and confidence in (0, 1)", "0.02@0.95: at most 2 % at 95 % confidence")

@@ -39,13 +39,15 @@ class Recorded:
     def cost(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
         """Cost of a run that ends at each exit, `(K + 1,)`: the heads that are run on the way counted."""
         tried = np.cumsum(np.where(thresholds < NEVER, self.try_cost, 0.0))
-        return self.reach_cost + np.append(tried, tried[-1:].sum())
+        total: NDArray[np.float64] = self.reach_cost + np.append(tried, tried[-1:].sum())
+        return total
 
 
 def exits_taken(confidence: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArray[np.intp]:
     """Return for each sample the first exit whose confidence reaches its threshold; K when none does."""
     takes = np.vstack([confidence >= thresholds[:, None], np.ones((1, confidence.shape[1]), bool)])
-    return takes.argmax(axis=0)
+    taken: NDArray[np.intp] = takes.argmax(axis=0)
+    return taken
 
 
 def judge(recorded: Recorded, thresholds: NDArray[np.float64]) -> tuple[float, float]:

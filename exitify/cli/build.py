@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from exitify.cli import show
+from exitify.cli import show, tables
 from exitify.errors import ExitifyError
 
 ARTIFACT = typer.Argument(help="An artifact, net.exitify.", show_default=False)
@@ -18,14 +18,16 @@ THREADS = typer.Option(help="CPU threads.", min=1)
 
 
 def transform(
-    model: Annotated[str, typer.Argument(help="model.pt2, model.pt (with --trust), package.module:factory, torchvision:NAME or timm:NAME.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="model.pt2, model.pt (with --trust), package.module:factory, torchvision:NAME or timm:NAME.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write.")],
     exits: Annotated[str, typer.Option(help="auto, none, how many, or names of modules separated by commas.")] = "auto",
     head: Annotated[str, typer.Option(help="auto, linear, conv or mlp.")] = "auto",
-    weights: Annotated[Optional[Path], typer.Option(help=".safetensors, or .pth read without running code.")] = None,
-    input_shape: Annotated[Optional[str], typer.Option(help="Without the batch: 3x224x224.")] = None,
-    preprocess: Annotated[Optional[str], typer.Option(help="imagenet, or 'mean=…;std=…;resize=256;crop=224'.")] = None,
-    classes: Annotated[Optional[str], typer.Option(help="Names of the classes, separated by commas.")] = None,
+    weights: Annotated[Path | None, typer.Option(help=".safetensors, or .pth read without running code.")] = None,
+    input_shape: Annotated[str | None, typer.Option(help="Without the batch: 3x224x224.")] = None,
+    preprocess: Annotated[str | None, typer.Option(help="imagenet, or 'mean=…;std=…;resize=256;crop=224'.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
     seed: Annotated[int, typer.Option(help="Of the fresh heads' weights.")] = 0,
     why: Annotated[bool, typer.Option("--why", help="List every place that was considered, and why it is no exit.")] = False,
@@ -49,41 +51,28 @@ def transform(
     artifact.save(output)
     considered = ChooseExits(exits=exits, head=head).decide(captured)[1] if why or not program.plan.exits else []
     if json:
-        show.as_json({"output": str(output), "model_id": artifact.manifest.model_id, "plan": artifact.plan, "considered": [vars(c) for c in considered]})
+        show.as_json(
+            {"output": str(output), "model_id": artifact.manifest.model_id, "plan": artifact.plan, "considered": [vars(c) for c in considered]}
+        )
         return
-    show_exits(artifact.plan)
+    tables.exits(artifact.plan)
     if considered:
-        rows = [(c.place or c.value, c.value, show.percent(c.share), c.verdict) for c in considered]
-        show.table("Places considered", ("module", "value", "of the cost", "verdict"), rows)
+        tables.considered(considered)
     print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. Heads are untrained: `exitify train {output} --data DIR`")
     show.python_call(f"exitify.export(exitify.transform(model, example, exits={exits!r}), heads_trained=False).save({str(output)!r})")
-
-
-def show_exits(plan: object) -> None:
-    """Print where the network may stop."""
-    from exitify.plan import FINAL, Plan
-
-    assert isinstance(plan, Plan)
-    reach = plan.macs_at([point.name for point in plan.exits])
-    rows: list[tuple[object, ...]] = [
-        (p.name, p.place, show.millions(reach[p.name]), show.percent(reach[p.name] / plan.full_macs), p.head, show.millions(plan.segment(f"head_{p.name}").cost.macs))
-        for p in plan.exits
-    ]  # fmt: skip
-    rows.append((FINAL, plan.output, show.millions(reach[FINAL]), show.percent(reach[FINAL] / plan.full_macs), "", ""))
-    show.table(f"Exits of a network of {show.millions(plan.full_macs)} multiply-adds", ("exit", "after", "reached for", "of the network", "head", "its cost"), rows)
 
 
 def train(
     artifact: Annotated[Path, ARTIFACT],
     data: Annotated[str, DATA],
-    output: Annotated[Optional[Path], OUTPUT] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training samples.")] = 10,
     copies: Annotated[int, typer.Option(min=1, help="How often each picture is augmented and recorded.")] = 3,
     augment: Annotated[str, typer.Option(help="none, crop, crop+flip, or auto: crop, and flip where pictures are in colour.")] = "auto",
     distillation: Annotated[float, typer.Option(min=0, max=1, help="Weight of the network's own answer against the label.")] = 0.9,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak of the schedule.")] = 0.05,
-    work: Annotated[Optional[Path], typer.Option(help="Folder for recorded features and checkpoints.")] = None,
-    threads: Annotated[Optional[int], THREADS] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for recorded features and checkpoints.")] = None,
+    threads: Annotated[int | None, THREADS] = None,
     seed: Annotated[int, typer.Option()] = 0,
     json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -93,39 +82,32 @@ def train(
     from exitify.train.heads import HeadTraining, train_heads
 
     opened = Artifact.open(artifact)
-    samples = load_samples(data, opened.manifest.input, classes=class_count(opened))
+    samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
     options = HeadTraining(epochs, copies, augment, distillation, learning_rate=learning_rate, seed=seed)
     with show.progress_bar() as progress:
-        trained, reports = train_heads(opened, samples, options, work=work or artifact.with_name(f"{artifact.stem}.train"), threads=threads, progress=progress)
+        trained, reports = train_heads(
+            opened, samples, options, work=work or artifact.with_name(f"{artifact.stem}.train"), threads=threads, progress=progress
+        )
     trained.save(output or artifact)
     if json:
         show.as_json({"output": str(output or artifact), "model_id": trained.manifest.model_id, "heads": [vars(report) for report in reports]})
         return
-    rows = [(r.exit, show.percent(r.accuracy), r.epoch + 1) for r in reports]
-    show.table("Heads, on training samples set aside (the network knows them: unseen ones score lower)", ("exit", "accuracy", "best epoch"), rows)
+    tables.heads(reports)
     if opened.profiles:
         print(f"Dropped the profiles {', '.join(opened.profiles)}: they were calibrated for other heads.")
     print(f"Wrote {output or artifact}. Next: `exitify calibrate {output or artifact} --data DIR --max-drop 0.005`")
     show.python_call(f"exitify.train_heads(exitify.Artifact.open({str(artifact)!r}), samples)")
 
 
-def class_count(artifact: object) -> int:
-    """How many classes the network knows."""
-    from exitify.artifact.artifact import Artifact
-
-    assert isinstance(artifact, Artifact)
-    return artifact.plan.values[artifact.plan.output].shape[-1]
-
-
 def calibrate(
     artifact: Annotated[Path, ARTIFACT],
     data: Annotated[str, DATA],
-    max_drop: Annotated[Optional[float], typer.Option(help="Accuracy may fall by this much: 0.005 is half a point.")] = None,
-    budget_macs: Annotated[Optional[float], typer.Option(help="Mean cost as a share of the network's multiply-adds: 0.6.")] = None,
-    risk: Annotated[Optional[str], typer.Option(help="RATE@CONFIDENCE: at most this share of other answers, 0.02@0.95.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Accuracy may fall by this much: 0.005 is half a point.")] = None,
+    budget_macs: Annotated[float | None, typer.Option(help="Mean cost as a share of the network's multiply-adds: 0.6.")] = None,
+    risk: Annotated[str | None, typer.Option(help="RATE@CONFIDENCE: at most this share of other answers, 0.02@0.95.")] = None,
     profile: Annotated[str, typer.Option(help="Name to store the settings under.")] = "default",
     policy: Annotated[str, typer.Option(help="Score to decide by: top1 or margin.")] = "top1",
-    output: Annotated[Optional[Path], OUTPUT] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     engine: Annotated[str, typer.Option(help="What records the outputs.")] = "auto",
     threads: Annotated[int, THREADS] = 1,
     seed: Annotated[int, typer.Option()] = 0,
@@ -137,7 +119,7 @@ def calibrate(
     from exitify.data import load_samples
 
     opened = Artifact.open(artifact)
-    samples = load_samples(data, opened.manifest.input, classes=class_count(opened))
+    samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
     if policy not in ("top1", "margin"):
         raise ExitifyError(f"there is no policy {policy!r}", "there are top1 and margin")
     with show.progress_bar() as progress:
@@ -150,9 +132,11 @@ def calibrate(
     if json:
         show.as_json({"output": str(output or artifact), "profile": profile, **vars(made)})
         return
-    show_profile(profile, made)
+    tables.profile(profile, made)
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE`")
-    show.python_call(f"exitify.calibrate(exitify.Artifact.open({str(artifact)!r}), samples, {_promise_text(max_drop, budget_macs, risk)}, name={profile!r})")
+    show.python_call(
+        f"exitify.calibrate(exitify.Artifact.open({str(artifact)!r}), samples, {_promise_text(max_drop, budget_macs, risk)}, name={profile!r})"
+    )
 
 
 def _promise_text(max_drop: float | None, budget_macs: float | None, risk: str | None) -> str:
@@ -168,23 +152,6 @@ def parse_risk(text: str | None) -> tuple[float, float] | None:
         return float(rate), float(confidence or "0.95")
     except ValueError:
         raise ExitifyError(f"--risk {text!r} is no RATE@CONFIDENCE", "0.02@0.95: at most 2 % other answers at 95 % confidence") from None
-
-
-def show_profile(name: str, profile: object) -> None:
-    """Print when a profile stops, and what it promises."""
-    from exitify.artifact.manifest import Profile
-    from exitify.plan import FINAL
-
-    assert isinstance(profile, Profile)
-    rows: list[tuple[object, ...]] = [
-        (exit_name, "on" if s.enabled else "off", f"{s.threshold:.4f}" if s.enabled else "", f"{s.temperature:.3f}") for exit_name, s in profile.exits.items()
-    ]
-    rows.append((FINAL, "on", "", f"{profile.final_temperature:.3f}"))
-    show.table(f"Profile {name!r}, by {profile.policy}", ("exit", "runs", "threshold", "temperature"), rows)
-    promise = profile.promise
-    asked = {"max-drop": f"drop of at most {promise.limit * 100:g} points", "budget-macs": f"{promise.limit:g} of the multiply-adds", "risk": f"{promise.limit:g} other answers at {promise.confidence:g}"}  # fmt: skip
-    print(f"Promise: {asked[promise.kind]}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
-    print(f"Accuracy {promise.accuracy:.2%} against {promise.full_accuracy:.2%}, other answers {promise.disagreement:.2%}, mean cost {promise.mean_macs_share:.3f} of the network's.")
 
 
 def export(
@@ -205,7 +172,15 @@ def export(
         stream.write(model.SerializeToString(deterministic=True))
     macs = static_stretch(opened, name).cost.macs
     if json:
-        show.as_json({"output": str(output), "exit": name, "macs": macs, "inputs": [i.name for i in model.graph.input], "outputs": [o.name for o in model.graph.output]})
+        show.as_json(
+            {
+                "output": str(output),
+                "exit": name,
+                "macs": macs,
+                "inputs": [i.name for i in model.graph.input],
+                "outputs": [o.name for o in model.graph.output],
+            }
+        )
         return
     print(f"Wrote {output}: {show.millions(macs)} multiply-adds, {macs / opened.plan.full_macs:.3f} of the whole network.")
     show.python_call(f"exitify.export_static(exitify.Artifact.open({str(artifact)!r}), exit={name!r})")

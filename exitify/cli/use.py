@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitify.cli import show
-from exitify.cli.build import ARTIFACT, DATA, JSON, THREADS, class_count, show_exits, show_profile
+from exitify.cli import show, tables
+from exitify.cli.build import ARTIFACT, DATA, JSON, THREADS
 from exitify.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ENGINE = typer.Option(help="auto, onnxruntime, onnxruntime:cuda, onnxruntime:ten
 def run(
     artifact: Annotated[Path, ARTIFACT],
     inputs: Annotated[list[str], typer.Argument(help="Pictures, or .npy arrays with one or more inputs.", show_default=False)],
-    profile: Annotated[Optional[str], PROFILE] = None,
+    profile: Annotated[str | None, PROFILE] = None,
     engine: Annotated[str, ENGINE] = "auto",
     threads: Annotated[int, THREADS] = 1,
     batch: Annotated[int, typer.Option(min=1, help="How many to answer at once.")] = 1,
@@ -40,15 +40,10 @@ def run(
         ready = [x for _, x in named[start : start + batch]]
         answers += [session.run(ready[0])] if batch == 1 else session.run_batch(_stacked(ready))
     if json:
-        rows = [
-            {"input": name, "label": a.label, "name": a.name, "exit": a.exit, "macs": a.macs, "ms": a.ms, "probabilities": [float(p) for p in a.probabilities], "logits": [float(v) for v in a.logits]}
-            for (name, _), a in zip(named, answers)
-        ]  # fmt: skip
+        rows = [tables.answer_json(name, answer) for (name, _), answer in zip(named, answers)]
         show.as_json({"profile": session.profile_name, "engine": session.engine.name, "answers": rows})
         return
-    full = session.artifact.plan.full_macs
-    table = [(name, a.name, f"{a.probabilities[a.label]:.3f}", a.exit, f"{a.macs / full:.3f}", f"{a.ms:.2f}") for (name, _), a in zip(named, answers)]
-    show.table("", ("input", "answer", "probability", "exit", "of the cost", "ms"), table)
+    tables.answers([name for name, _ in named], answers, session.artifact.plan)
     if session.profile_name is None and session.artifact.plan.exits:
         print("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
     show.python_call(f"exitify.Session.load({str(artifact)!r}).run(x)")
@@ -92,11 +87,11 @@ def bench(
     artifact: Annotated[Path, ARTIFACT],
     data: Annotated[str, DATA],
     against: Annotated[str, typer.Option(help="onnxruntime, torch, inductor, separated by commas.")] = "onnxruntime",
-    profile: Annotated[Optional[str], PROFILE] = None,
+    profile: Annotated[str | None, PROFILE] = None,
     engine: Annotated[str, ENGINE] = "auto",
     threads: Annotated[int, THREADS] = 1,
     samples: Annotated[int, typer.Option(min=2, help="How many to time.")] = 1000,
-    model: Annotated[Optional[str], typer.Option(help="The original, for torch; by default the one the artifact came from.")] = None,
+    model: Annotated[str | None, typer.Option(help="The original, for torch; by default the one the artifact came from.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
     json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -106,21 +101,17 @@ def bench(
     from exitify.data import load_samples
 
     opened = Artifact.open(artifact)
-    loaded = load_samples(data, opened.manifest.input, classes=class_count(opened))
+    loaded = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
     contenders = against.split(",")
     module = original_module(opened, model, trust) if {"torch", "inductor"} & set(contenders) else None
     with show.progress_bar() as progress:
-        report = time_all(opened, loaded, against=contenders, profile=profile, engine=engine, threads=threads, most=samples, model=module, progress=progress)
+        report = time_all(
+            opened, loaded, against=contenders, profile=profile, engine=engine, threads=threads, most=samples, model=module, progress=progress
+        )
     if json:
         show.as_json(report)
         return
-    rows = [
-        (t.name, f"{t.mean_ms:.3f}", f"{t.p50_ms:.3f}", f"{t.p95_ms:.3f}", f"{t.mean_ratio:.3f}", f"{t.spread[0]:.3f} to {t.spread[1]:.3f}", show.percent(t.accuracy))
-        for t in report.timings
-    ]  # fmt: skip
-    title = f"{report.samples} samples, batch 1, {report.threads} thread{'s' if report.threads > 1 else ''}"
-    show.table(title, ("", "mean ms", "p50 ms", "p95 ms", "mean ratio", "quartiles", "accuracy"), rows)
-    print("Left at: " + ", ".join(f"{name} {show.percent(share)}" for name, share in report.exits.items()) + f"; mean cost {report.mean_macs_share:.3f} of the network's.")
+    tables.timings(report)
     show.python_call(f"exitify.bench(exitify.Artifact.open({str(artifact)!r}), samples)")
 
 
@@ -155,10 +146,5 @@ def inspect(artifact: Annotated[Path, ARTIFACT], json: Annotated[bool, JSON] = F
     if json:
         show.as_json({**vars(manifest), "profiles": opened.profiles})
         return
-    print(f"{artifact}: format {manifest.format}, written by exitify {manifest.exitify}, {artifact.stat().st_size / 2**20:.1f} MiB")
-    print(f"model {manifest.model_id[:16]} from {manifest.model.source or 'a module'}; heads {'trained' if manifest.heads_trained else 'untrained'}")
-    print(f"input {manifest.input.dtype} (N, {', '.join(map(str, manifest.input.shape))}); {manifest.input.preprocess or 'no preprocessing known: arrays only'}")
-    print(f"{class_count(opened)} classes" + (f": {', '.join(manifest.input.classes[:10])}{' …' if len(manifest.input.classes) > 10 else ''}" if manifest.input.classes else ""))
-    show_exits(opened.plan)
-    for name, profile in opened.profiles.items():
-        show_profile(name, profile)
+    print(f"{artifact}, {artifact.stat().st_size / 2**20:.1f} MiB")
+    tables.artifact(opened)

@@ -24,9 +24,9 @@ from exitify.artifact.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET
 from exitify.artifact.tensors import tensor_spans, write_tensors
 from exitify.errors import ModelError
 from exitify.heads import HeadWithScores
+from exitify.passes.cost import example_input
 from exitify.passes.cut_segments import CutSegments
 from exitify.plan import Segment, Value
-from exitify.passes.cost import example_input
 from exitify.program import HEADS as HEADS_MODULE
 from exitify.program import Program, copy_graph, in_mode
 from exitify.runtime.session import Session
@@ -51,7 +51,9 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     """
     if not program.plan.segments:
         program = CutSegments()(program)
-    contract = contract or InputContract(shape=program.values[program.plan.input].shape, color="L" if program.values[program.plan.input].shape[0] == 1 else "RGB")
+    contract = contract or InputContract(
+        shape=program.values[program.plan.input].shape, color="L" if program.values[program.plan.input].shape[0] == 1 else "RGB"
+    )
     with in_mode(program, training=False):
         network = _whole_network(program)
     cut = _Cut(network, program)
@@ -157,15 +159,22 @@ class _Cut:
                 raise ModelError(f"segments {owner!r} and {segment.name!r} both compute {self.nodes[i].name!r}", "report this with the model")
         self.known.update(segment.outputs)
         inputs = tuple(name for name in read if name in self.plan.values)
-        initializers = [self._initializer(name, places) for name in read if name in self.inside or name in self.tensors and name not in segment.parameters]
+        initializers = [
+            self._initializer(name, places) for name in read if name in self.inside or (name in self.tensors and name not in segment.parameters)
+        ]
         missing = set(read) - set(inputs) - set(segment.parameters) - {tensor.name for tensor in initializers}
         assert not missing, f"{segment.name}: nothing gives {missing}"
         head = {point.name: point for point in self.plan.exits}.get(segment.name.removeprefix("head_"))
-        shapes: dict[str, tuple[int, ...]] = {} if head is None else {head.weight: (head.head.classes, head.head.width), head.bias: (head.head.classes,), head.temperature: ()}
+        shapes: dict[str, tuple[int, ...]] = (
+            {} if head is None else {head.weight: (head.head.classes, head.head.width), head.bias: (head.head.classes,), head.temperature: ()}
+        )
         graph = helper.make_graph(
             nodes,
             segment.name,
-            [*(_value_info(name, self.plan.values[name]) for name in inputs), *(helper.make_tensor_value_info(n, 1, shapes[n]) for n in segment.parameters)],
+            [
+                *(_value_info(name, self.plan.values[name]) for name in inputs),
+                *(helper.make_tensor_value_info(n, 1, shapes[n]) for n in segment.parameters),
+            ],
             [_value_info(name, self.plan.values[name]) for name in segment.outputs],
             initializers,
         )

@@ -32,7 +32,9 @@ def export_static(artifact: Artifact, *, exit: str = FINAL) -> onnx.ModelProto: 
             tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
     inside = {tensor.name for tensor in model.graph.initializer}
     read = {name for node in model.graph.node for name in node.input}
-    model.graph.initializer.extend(numpy_helper.from_array(weights[name], name) for name in stretch.parameters if name in read - inside and name in weights)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(weights[name], name) for name in stretch.parameters if name in read - inside and name in weights
+    )
     _drop_unused(model)
     onnx.checker.check_model(model)
     return model

@@ -113,7 +113,7 @@ class Session:
         self.engine: Engine = make_engine(engine, artifact, threads)
         self._classes = artifact.manifest.input.classes
         self._local = threading.local()
-        self._heads = {name: tensor for name, tensor in artifact.tensors(HEADS).items()}
+        self._heads = artifact.tensors(HEADS)
         self.use(profile)
 
     @classmethod
@@ -266,7 +266,9 @@ class Session:
         if x.ndim == len(contract.shape):
             x = x[None]
         if x.shape[1:] != contract.shape or not len(x):
-            raise DataError(f"the input has shape {x.shape}, and the network reads (N, {', '.join(map(str, contract.shape))})", "see `exitify inspect`")
+            raise DataError(
+                f"the input has shape {x.shape}, and the network reads (N, {', '.join(map(str, contract.shape))})", "see `exitify inspect`"
+            )
         if x.dtype != contract.dtype:
             if not (np.issubdtype(x.dtype, np.floating) and contract.dtype == "float32"):
                 raise DataError(f"the input is {x.dtype}, and the network reads {contract.dtype}", f"convert it: x.astype(numpy.{contract.dtype})")

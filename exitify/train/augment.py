@@ -27,6 +27,7 @@ def augment(pictures: NDArray[np.uint8], how: Augmentation, generator: np.random
     rows = (top[:, None] + np.arange(height))[:, :, None]
     columns = left[:, None] + np.arange(width)
     if how == "crop+flip":
-        mirrored = generator.random(count) < 0.5
-        columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
-    return padded[np.arange(count)[:, None, None], rows, columns[:, None, :]]
+        mirrored = np.flatnonzero(generator.random(count) < 0.5)
+        columns[mirrored] = columns[mirrored, ::-1]
+    moved: NDArray[np.uint8] = padded[np.arange(count)[:, None, None], rows, columns[:, None, :]]
+    return moved

@@ -234,7 +234,7 @@ def _train_epoch(
         head.train()
     for features, teacher, rows in file.chunks(np.random.default_rng((options.seed, 7, epoch))):
         targets = torch.from_numpy(labels[rows])
-        for batch in torch.arange(len(rows)).split(options.batch):
+        for batch in torch.split(torch.arange(len(rows)), options.batch):
             if len(batch) < 2:
                 continue  # a norm cannot be estimated from one sample
             optimizer.zero_grad(set_to_none=True)
@@ -262,7 +262,7 @@ def _evaluate(
 
 
 def _from_pooled(head: ExitHead, pooled: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    logits: torch.Tensor = head.classifier(head.body(pooled.float().unflatten(1, shape)))
+    logits: torch.Tensor = head.classifier(head.body(pooled.float().view(-1, *shape)))
     return logits
 
 

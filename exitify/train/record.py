@@ -55,11 +55,19 @@ class FeatureFile:
                 split = 2 * sum(self.widths)
                 features = torch.from_numpy(np.ascontiguousarray(raw[:, :split]).view(np.float16))
                 logits = torch.from_numpy(np.ascontiguousarray(raw[:, split:]).view(np.float32))
-                yield list(features.split(self.widths, dim=1)), logits, self.rows[start : start + count][order]
+                yield list(torch.split(features, list(self.widths), dim=1)), logits, self.rows[start : start + count][order]
 
 
 def record(
-    artifact: Artifact, heads: dict[str, ExitHead], samples: Samples, file: FeatureFile, how: Augmentation, *, seed: int, threads: int, progress: Progress
+    artifact: Artifact,
+    heads: dict[str, ExitHead],
+    samples: Samples,
+    file: FeatureFile,
+    how: Augmentation,
+    *,
+    seed: int,
+    threads: int,
+    progress: Progress,
 ) -> None:
     """Write the file, from where it ends to the last row.
 
@@ -87,7 +95,9 @@ def record(
                 stream.write(np.concatenate(parts, axis=1).tobytes())
     except OSError as error:
         needed = len(file.rows) * file.row_bytes / 2**30
-        raise DataError(f"cannot write {file.path}: {os.strerror(error.errno or 0)}", f"recording needs {needed:.1f} GiB there; free some, or use --copies 1") from error
+        raise DataError(
+            f"cannot write {file.path}: {os.strerror(error.errno or 0)}", f"recording needs {needed:.1f} GiB there; free some, or use --copies 1"
+        ) from error
     progress("recording features", len(file.rows), len(file.rows))
 
 

@@ -59,7 +59,9 @@ class OnnxRuntimeEngine(Engine):
         try:
             return ort.InferenceSession(model, options, providers=self.providers)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime refuses {', '.join(stretch.segments)}: {_first_line(error)}", "update onnxruntime, or transform the model again") from error
+            raise EngineError(
+                f"ONNX Runtime refuses {', '.join(stretch.segments)}: {_first_line(error)}", "update onnxruntime, or transform the model again"
+            ) from error
 
 
 class _Runner(Runner):
@@ -70,7 +72,9 @@ class _Runner(Runner):
         try:
             return dict(zip(self.stretch.outputs, self.session.run(list(self.stretch.outputs), dict(inputs))))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed in {', '.join(self.stretch.segments)}: {_first_line(error)}", "check the input and the memory left") from error
+            raise EngineError(
+                f"ONNX Runtime failed in {', '.join(self.stretch.segments)}: {_first_line(error)}", "check the input and the memory left"
+            ) from error
 
 
 class _Binding(Bound):

@@ -1,0 +1,111 @@
+"""What a person reads of a plan, a profile, answers and timings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from exitify.artifact.artifact import Artifact
+from exitify.artifact.manifest import Profile
+from exitify.cli.show import millions, percent, table
+from exitify.plan import FINAL, Plan
+
+if TYPE_CHECKING:
+    from exitify.bench import BenchReport
+    from exitify.passes.choose_exits import Considered
+    from exitify.runtime.session import Answer
+    from exitify.train.heads import HeadReport
+
+
+def exits(plan: Plan) -> None:
+    """Where the network may stop."""
+    reach = plan.macs_at([point.name for point in plan.exits])
+    rows: list[tuple[object, ...]] = []
+    for point in plan.exits:
+        cost = plan.segment(f"head_{point.name}").cost.macs
+        spent = reach[point.name]
+        rows.append((point.name, point.place, millions(spent), percent(spent / plan.full_macs), point.head, millions(cost)))
+    rows.append((FINAL, plan.output, millions(reach[FINAL]), percent(reach[FINAL] / plan.full_macs), "", ""))
+    columns = ("exit", "after", "reached for", "of the network", "head", "its cost")
+    table(f"Exits of a network of {millions(plan.full_macs)} multiply-adds", columns, rows)
+
+
+def considered(places: Sequence[Considered]) -> None:
+    """What was looked at, and why it is no exit."""
+    rows = [(place.place or place.value, place.value, percent(place.share), place.verdict) for place in places]
+    table("Places considered", ("module", "value", "of the cost", "verdict"), rows)
+
+
+def heads(reports: Sequence[HeadReport]) -> None:
+    """How good trained heads are."""
+    rows = [(report.exit, percent(report.accuracy), report.epoch + 1) for report in reports]
+    table("Heads, on training samples set aside (the network knows them: unseen ones score lower)", ("exit", "accuracy", "best epoch"), rows)
+
+
+def profile(name: str, made: Profile) -> None:
+    """When a profile stops, and what it promises."""
+    rows: list[tuple[object, ...]] = []
+    for exit_name, setting in made.exits.items():
+        rows.append(
+            (exit_name, "on" if setting.enabled else "off", f"{setting.threshold:.4f}" if setting.enabled else "", f"{setting.temperature:.3f}")
+        )
+    rows.append((FINAL, "on", "", f"{made.final_temperature:.3f}"))
+    table(f"Profile {name!r}, by {made.policy}", ("exit", "runs", "threshold", "temperature"), rows)
+    promise = made.promise
+    asked = {
+        "max-drop": f"drop of at most {promise.limit * 100:g} points",
+        "budget-macs": f"{promise.limit:g} of the multiply-adds",
+        "risk": f"{promise.limit:g} other answers at {promise.confidence:g}",
+    }
+    print(f"Promise: {asked[promise.kind]}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
+    print(f"Accuracy {promise.accuracy:.2%} against {promise.full_accuracy:.2%}, other answers {promise.disagreement:.2%}, ", end="")
+    print(f"mean cost {promise.mean_macs_share:.3f} of the network's.")
+
+
+def answers(names: Sequence[str], given: Sequence[Answer], plan: Plan) -> None:
+    """One line an input."""
+    rows = [
+        (name, answer.name, f"{answer.probabilities[answer.label]:.3f}", answer.exit, f"{answer.macs / plan.full_macs:.3f}", f"{answer.ms:.2f}")
+        for name, answer in zip(names, given)
+    ]
+    table("", ("input", "answer", "probability", "exit", "of the cost", "ms"), rows)
+
+
+def answer_json(name: str, answer: Answer) -> dict[str, Any]:
+    """An answer for machines."""
+    return {
+        "input": name,
+        "label": answer.label,
+        "name": answer.name,
+        "exit": answer.exit,
+        "macs": answer.macs,
+        "ms": answer.ms,
+        "probabilities": [float(p) for p in answer.probabilities],
+        "logits": [float(v) for v in answer.logits],
+    }
+
+
+def timings(report: BenchReport) -> None:
+    """Contenders against each other."""
+    rows = []
+    for t in report.timings:
+        spread = f"{t.spread[0]:.3f} to {t.spread[1]:.3f}"
+        rows.append((t.name, f"{t.mean_ms:.3f}", f"{t.p50_ms:.3f}", f"{t.p95_ms:.3f}", f"{t.mean_ratio:.3f}", spread, percent(t.accuracy)))
+    title = f"{report.samples} samples, batch 1, {report.threads} thread{'s' if report.threads > 1 else ''}"
+    table(title, ("", "mean ms", "p50 ms", "p95 ms", "mean ratio", "quartiles", "accuracy"), rows)
+    left = ", ".join(f"{name} {percent(share)}" for name, share in report.exits.items())
+    print(f"Left at: {left}; mean cost {report.mean_macs_share:.3f} of the network's.")
+
+
+def artifact(opened: Artifact) -> None:
+    """Everything an artifact says of itself."""
+    manifest = opened.manifest
+    contract = manifest.input
+    print(f"format {manifest.format}, written by exitify {manifest.exitify}")
+    print(f"model {manifest.model_id[:16]} from {manifest.model.source or 'a module'}; heads {'trained' if manifest.heads_trained else 'untrained'}")
+    print(f"input {contract.dtype} (N, {', '.join(map(str, contract.shape))}); {contract.preprocess or 'no preprocessing known: arrays only'}")
+    shown = f": {', '.join(contract.classes[:10])}{' …' if len(contract.classes) > 10 else ''}" if contract.classes else ""
+    print(f"{opened.plan.classes} classes{shown}")
+    exits(opened.plan)
+    for name, made in opened.profiles.items():
+        profile(name, made)
