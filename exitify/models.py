@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from exitify.artifact.manifest import InputContract, Preprocess
-from exitify.data import FILTERS, Color, current_directory_importable, import_object, parse_preprocess, place_of
 from exitify.errors import DataError, ExitifyError, ModelError
+from exitify.imports import current_directory_importable, import_object, place_of
+from exitify.pictures import FILTERS, Color, parse_preprocess
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def load_model(
             arguments; the current directory is searched first), `torchvision:NAME` or `timm:NAME` (nothing is downloaded).
         weights: A state_dict, `.safetensors` or `.pth`, `.pt`, `.bin`, read without unpickling code. All keys must fit.
         input_shape: Without the batch. Else the `.pt2`'s own, timm's or torchvision's, or the factory's attribute `input_shape`.
-        preprocess: Text for `exitify.data.parse_preprocess`. Else timm's or torchvision's, or the factory's `preprocess`.
+        preprocess: Text for `exitify.pictures.parse_preprocess`. Else timm's or torchvision's, or the factory's `preprocess`.
         classes: Names of the classes. Else torchvision's, or the factory's `classes`.
         trust: Whether `.pt2`, `.pt` and `.pth` may be loaded: each can run code that its maker put there.
 

@@ -17,21 +17,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from exitify.artifact.manifest import InputContract, Preprocess
-from exitify.data import (
+from exitify.data import Samples, load_samples
+from exitify.errors import DataError
+from exitify.pictures import (
     FILTERS,
     FORMATS,
     PRESETS,
-    Samples,
     crop_pixels,
     format_preprocess,
-    load_samples,
     parse_preprocess,
     picture_to_input,
     pixels_to_inputs,
     prepare_pictures,
     resized_size,
 )
-from exitify.errors import DataError
 
 STEPS = Preprocess(resize=(10,), crop=(8, 8), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 CONTRACT = InputContract((3, 8, 8), preprocess=STEPS)

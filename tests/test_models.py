@@ -20,7 +20,7 @@ from torch import nn
 
 from exitify import models
 from exitify.artifact.manifest import InputContract, Preprocess
-from exitify.data import PRESETS, picture_to_input
+from exitify.pictures import PRESETS, picture_to_input
 from exitify.errors import DataError, ModelError
 from exitify.models import load_model, parse_shape, read_weights
 from tests.models import SHAPE, Plain

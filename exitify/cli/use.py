@@ -57,7 +57,7 @@ def read_inputs(name: str, contract: InputContract) -> list[tuple[str, NDArray[A
     """
     import numpy as np
 
-    from exitify.data import picture_to_input
+    from exitify.pictures import picture_to_input
 
     if not Path(name).is_file():
         raise DataError(f"there is no file {name}", "give pictures or .npy arrays")

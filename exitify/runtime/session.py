@@ -13,8 +13,8 @@ import numpy as np
 
 from exitify.artifact.artifact import HEADS, Artifact
 from exitify.artifact.manifest import InputContract, Profile
-from exitify.data import prepare_pictures
 from exitify.errors import DataError
+from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL, SCORES, Stretch
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import Array, Bound, Engine, Runner
@@ -46,7 +46,7 @@ class Answer:
         """`(classes,)`, at the calibrated temperature."""
         scaled = np.asarray(self.logits, np.float64) / self.temperature
         powers = np.exp(scaled - scaled.max())
-        return (powers / powers.sum()).astype(np.float32)  # type: ignore[no-any-return]
+        return (powers / powers.sum()).astype(np.float32)
 
     @property
     def name(self) -> str:

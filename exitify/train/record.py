@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import Artifact
-from exitify.data import Samples, pixels_to_inputs
+from exitify.data import Samples
 from exitify.errors import DataError
 from exitify.heads import ExitHead
+from exitify.pictures import pixels_to_inputs
 from exitify.plan import Cost, Stretch
 from exitify.progress import Progress
 from exitify.runtime.engines import make_engine
