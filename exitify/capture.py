@@ -132,13 +132,27 @@ def _reads_mode(module: nn.Module) -> bool:
 
 
 def _trace(model: nn.Module) -> tuple[nn.Module, fx.Graph, dict[str, str]]:
+    before = set(vars(model))
+    try:
+        graph = _trace_what_can_be(model)
+        members = _shell(model)
+        _hold_constants(members, graph, model)
+    finally:
+        for name in set(vars(model)) - before:
+            delattr(model, name)  # where torch.fx keeps the constants that it meets
+    _read_what_was_written(members, graph)
+    _keep_dropouts(members, graph)
+    _drop_unused(graph)
+    return members, graph, {node.name: _place(node) for node in graph.nodes}
+
+
+def _trace_what_can_be(model: nn.Module) -> fx.Graph:
     """Trace, turning the innermost module that cannot be traced into a single node until the rest can."""
     leaves: set[str] = set()
     while True:
         tracer = _ModuleTracer(leaves)
         try:
-            graph = tracer.trace(model)
-            break
+            return tracer.trace(model)
         except Exception as error:
             piece = next((path for path in reversed(tracer.inside) if path not in leaves), None)
             if piece is None:
@@ -148,11 +162,13 @@ def _trace(model: nn.Module) -> tuple[nn.Module, fx.Graph, dict[str, str]]:
                 ) from error
             log.info("kept as one piece: %s (%s)", piece, _one_line(error))
             leaves.add(piece)
-    members = _shell(model)
-    _read_what_was_written(members, graph)
-    _keep_dropouts(members, graph)
-    _drop_unused(graph)
-    return members, graph, {node.name: _place(node) for node in graph.nodes}
+
+
+def _hold_constants(members: nn.Module, graph: fx.Graph, model: nn.Module) -> None:
+    """Tensors that are neither parameters nor buffers of the root become buffers, which no state_dict holds."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and "." not in str(node.target) and not hasattr(members, str(node.target)):
+            members.register_buffer(str(node.target), getattr(model, str(node.target)), persistent=False)
 
 
 def _shell(model: nn.Module) -> nn.Module:

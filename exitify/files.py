@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,4 +36,5 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             f"cannot write {target}: {error.strerror or error}", "nothing was changed; free some space or choose another place"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # renamed already, or never made
+            temporary.unlink()

@@ -39,12 +39,14 @@ class LoadedModel:
         example: One input, `(1, *contract.shape)`: random numbers from a fixed seed, zeros for integers.
         contract: Shape, preprocess and classes, checked against each other.
         source: As the user named the model.
+        has_random_weights: Whether nobody gave it any: zoos build their networks so, and nothing is downloaded.
     """
 
     module: nn.Module
     example: torch.Tensor
     contract: InputContract
     source: str
+    has_random_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,9 @@ def load_model(
         raise ModelError(f"{name} is TorchScript, whose code cannot be transformed", "give the module before torch.jit, or torch.export it")
     if weights is not None:
         _put_weights(found.module, read_weights(weights), weights, renamed=_old_densenet_key if name.startswith("torchvision:densenet") else None)
-    elif found.is_random:
-        log.warning("%s has random weights; give its trained ones with --weights", name)
     contract = _contract(name, found, input_shape, preprocess, tuple(classes))
     _set_eval(found.module)
-    return LoadedModel(found.module, _example(contract), contract, name)
+    return LoadedModel(found.module, _example(contract), contract, name, found.is_random and weights is None)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

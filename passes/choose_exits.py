@@ -73,10 +73,10 @@ class ChooseExits(Pass):
             shares = {value: value_cost(program, costs, value).macs / max(full.macs, 1) for value in values}
             chosen = sorted(dict.fromkeys(values), key=lambda value: (shares[value], list(program.values).index(value)))
             heads = [self._head_for(program, value, full) for value in chosen]
-            considered = [Considered(value, program.places[value], shares[value], "exit") for value in chosen]
+            considered = [Considered(value, _ends_module(program, value), shares[value], "exit") for value in chosen]
         else:
             chosen, heads, considered = self._spaced(program, costs, full)
-        points = tuple(ExitPoint(f"exit{i}", value, program.places[value] or value, head) for i, (value, head) in enumerate(zip(chosen, heads), 1))
+        points = tuple(ExitPoint(f"exit{i}", value, _ends_module(program, value), head) for i, (value, head) in enumerate(zip(chosen, heads), 1))
         return points, considered
 
     def _spaced(self, program: Program, costs: dict[str, Cost], full: Cost) -> tuple[list[str], list[HeadSpec], list[Considered]]:
@@ -101,10 +101,13 @@ class ChooseExits(Pass):
         overhead = {value: (head_cost(head).macs + BOUNDARY_MACS) / max(full.macs, 1) for value, head in heads.items()}
         count = self._count(overhead)
         chosen = _evenly(list(heads), shares, count)
+        while self.exits == "auto" and sum(overhead[value] for value in chosen) > OVERHEAD_SHARE:  # heads dearer than the mean
+            count -= 1
+            chosen = _evenly(list(heads), shares, count)
         for value in heads:
             verdicts[value] = "exit" if value in chosen else f"not among the {count} spaced evenly" if count else self._why_none(overhead)
-        places = program.places
-        return chosen, [heads[v] for v in chosen], [Considered(v, places[v] or v, shares[v], verdicts[v]) for v in candidates]
+        considered = [Considered(value, _ends_module(program, value), shares[value], verdicts[value]) for value in candidates]
+        return chosen, [heads[value] for value in chosen], considered
 
     def _count(self, overhead: dict[str, float]) -> int:
         if self.exits == "none":
@@ -129,8 +132,6 @@ class ChooseExits(Pass):
             raise PlanError(f"there is no head {self.head!r}", "there are auto, linear, conv, mlp")
         if value == program.plan.output:
             raise PlanError(f"cannot exit after {value!r}: it is the network's own answer", "exit after an earlier block")
-        if value not in program.values:
-            raise PlanError(f"cannot exit after {value!r}: its first dimension is not the batch", "exit after a block of the network")
         if self.head != "auto":
             return head_spec(self.head, program.values[value], value, classes)
         spec = head_spec("linear", program.values[value], value, classes)
@@ -193,10 +194,24 @@ def _evenly(candidates: list[str], shares: dict[str, float], count: int) -> list
     return sorted(chosen, key=candidates.index)
 
 
+def _ends_module(program: Program, value: str) -> str:
+    """The outermost module whose last value this is; else the one that computes it, else its own name."""
+    place = program.places[value]
+    parts = place.split(".") if place else []
+    for depth in range(1, len(parts) + 1):
+        outer = ".".join(parts[:depth])
+        inside = [v for v, inner in program.places.items() if v in program.values and f"{inner}.".startswith(f"{outer}.")]
+        if inside and inside[-1] == value:
+            return outer
+    return place or value
+
+
 def _find_value(program: Program, name: str) -> str:
     """The value a user means: a graph node, or the last value computed in a module."""
     computed = set(dataflow(program))
-    if name in program.values and name in computed:
+    if name in computed:
+        if name not in program.values:
+            raise PlanError(f"cannot exit after {name!r}: its first dimension is not the batch", "exit after a block of the network")
         return name
     inside = [v for v, place in program.places.items() if v in program.values and v in computed and (place == name or place.startswith(f"{name}."))]
     if name and inside:

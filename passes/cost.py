@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitify.plan import Cost, Value
@@ -28,9 +31,21 @@ def node_costs(program: Program) -> dict[str, Cost]:
                 costs[n.name] = Cost(counter.get_total_flops() // 2, _parameters_read(program, n), _bytes(result))
             return result
 
-    with in_mode(program, training=False), torch.no_grad():
+    with in_mode(program, training=False), torch.no_grad(), _attention_as_products():
         Meter(program, graph=program.graph).run(example_input(program.values[program.plan.input]))
     return costs
+
+
+@contextmanager
+def _attention_as_products() -> Iterator[None]:
+    """Attention as two matrix products: torch has no formula for the CPU's fused kernels, and would count them as zero."""
+    was_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fast)
 
 
 def value_cost(program: Program, costs: dict[str, Cost], name: str) -> Cost:

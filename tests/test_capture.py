@@ -203,7 +203,7 @@ class BranchesAtTheTop(Small):
 
 
 def test_control_flow_at_the_top_is_refused_with_its_line():
-    with pytest.raises(ModelError, match="BranchesAtTheTop cannot be traced: .*control flow") as caught:
+    with pytest.raises(ModelError, match=r"BranchesAtTheTop cannot be traced: .*control flow") as caught:
         capture(BranchesAtTheTop(), images())
     assert re.search(r"test_capture\.py:\d+: if x\.mean\(\) > 0:\)$", caught.value.problem)
     assert "submodule of its own" in caught.value.hint
@@ -217,6 +217,26 @@ class PassesSettingsAtTheTop(Small):
 def test_a_module_at_the_top_that_can_be_no_node_is_refused_and_not_tried_for_ever():
     with pytest.raises(ModelError, match=r"PassesSettingsAtTheTop cannot be traced: argument of type.*Settings"):
         capture(PassesSettingsAtTheTop(BranchesWithSettings()), images())
+
+
+class HoldsConstants(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.tensor(3.0)  # neither parameter nor buffer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x * self.scale + torch.arange(16.0))
+
+
+def test_tensors_that_are_no_weights_come_along_and_the_model_gets_no_attribute():
+    model = HoldsConstants().eval()
+    attributes = list(vars(model))
+    program = capture(model, images())
+    x = images(2)
+    assert torch.equal(program(x), model(x))
+    assert torch.equal(copy.deepcopy(program)(x), model(x))
+    assert list(program.state_dict()) == list(model.state_dict())
+    assert list(vars(model)) == attributes
 
 
 class ComputesMore(Small):
@@ -373,7 +393,7 @@ def test_what_is_no_classifier_with_one_input_and_one_output_is_refused(make, pr
 
 @pytest.mark.parametrize("example", [torch.zeros(3), None, (torch.zeros(1, 3, 16, 16),), np.zeros((1, 3, 16, 16), np.float32)], ids=type)
 def test_an_example_that_is_no_tensor_with_a_batch_is_refused(example):
-    with pytest.raises(ModelError, match="the example input must be one tensor with a batch dimension\n  hint: .*torch.zeros"):
+    with pytest.raises(ModelError, match=r"the example input must be one tensor with a batch dimension\n  hint: .*torch.zeros"):
         capture(Small(), example)
 
 
@@ -425,7 +445,7 @@ def test_exits_in_an_exported_network_are_cut_as_in_the_model(tmp_path):
 
 
 def test_a_network_exported_for_one_batch_size_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="at batch 1: .*\n  hint: .*a .pt2 must be exported with a dynamic batch dimension"):
+    with pytest.raises(ModelError, match=r"at batch 1: .*\n  hint: .*a \.pt2 must be exported with a dynamic batch dimension"):
         capture(exported(Small().eval(), tmp_path, dynamic=False), images())
 
 

@@ -84,11 +84,12 @@ def test_arbitrary_json_is_refused_or_comes_back_the_same(data):
 
 @given(st.sampled_from(sorted(GOOD)), anything)
 def test_a_record_with_one_field_replaced_is_refused_or_comes_back_the_same(name, value):
+    problem = ""
     try:
         book = from_json(Book, changed(**{name: value}), "book")
     except RecordError as error:
-        assert error.problem.startswith(f"book.{name}")
-        return
+        problem, book = error.problem, BOOK
+    assert problem.startswith(f"book.{name}") or not problem
     assert from_json(Book, loads(dumps(book), "book"), "book") == book
 
 
@@ -187,7 +188,7 @@ def test_text_that_is_not_strict_json_is_refused(text, problem):
 
 
 def test_a_number_of_thousands_of_digits_is_refused_where_it_stands():
-    with pytest.raises(RecordError, match="is not JSON that exitify reads|not an integer"):
+    with pytest.raises(RecordError, match=r"is not JSON that exitify reads|not an integer"):
         from_json(int, loads(b"1" * 5000, "file"), "file")
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
 from exitify.artifact.manifest import FORMAT, FileEntry, Manifest, Profile
-from exitify.artifact.onnx_graph import Segment, parse
+from exitify.artifact.onnx_graph import ELEMENT_TYPES, Parameter, Segment, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
     AlteredFile,
@@ -32,7 +32,7 @@ from exitify.errors import (
     UnknownProfile,
 )
 from exitify.files import written_whole
-from exitify.plan import Plan
+from exitify.plan import Plan, Value
 from exitify.records import dumps, from_json, loads
 
 MANIFEST = "manifest.json"
@@ -40,7 +40,10 @@ WEIGHTS = "model/weights.safetensors"
 HEADS = "model/heads.safetensors"
 LARGEST_RECORD = 16 * 2**20
 """Most bytes of the manifest, and of a profile."""
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
+"""Beyond these, float32 softmax says nothing; calibration stays within 0.05 and 20."""
 
+_AGAIN = "get the artifact again"
 _PROFILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 T = TypeVar("T")
 
@@ -95,9 +98,15 @@ class Artifact:
         return parse(bytes(self.files[path]), path)
 
     def with_profile(self, name: str, profile: Profile) -> Artifact:
-        """The same artifact with this profile added, or put in place of the one of that name."""
+        """The same artifact with this profile added, or put in place of the one of that name.
+
+        Raises:
+            MalformedManifest: the profile is another network's. ExitifyError: the name cannot be a file's.
+        """
         check_profile_name(name)
-        return build_artifact(self.manifest, {**self.files, f"profiles/{name}.json": dumps(profile)})
+        changed = build_artifact(self.manifest, {**self.files, f"profiles/{name}.json": dumps(profile)})
+        _check_profiles(changed)
+        return changed
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the artifact: to a temporary file in the same folder, then renamed, so that a reader sees the old or the new.
@@ -164,6 +173,7 @@ def parse_artifact(buffer: Buffer) -> Artifact:
     artifact = Artifact(manifest, files)
     _translate("the plan", manifest.plan.check)
     _translate("the input contract", manifest.input.check)
+    _check_plan(artifact)
     _check_model(artifact)
     _check_profiles(artifact)
     return artifact
@@ -171,12 +181,13 @@ def parse_artifact(buffer: Buffer) -> Artifact:
 
 def _read_manifest(data: memoryview) -> Manifest:
     if len(data) > LARGEST_RECORD:
-        raise OversizedArtifact(f"{MANIFEST} has {len(data)} bytes, and may have {LARGEST_RECORD}")
+        raise OversizedArtifact(f"{MANIFEST} has {len(data)} bytes, and may have {LARGEST_RECORD}", "do not use this file")
     document = _translate(MANIFEST, lambda: loads(bytes(data), MANIFEST))
     version = document.get("format") if isinstance(document, dict) else None
     if version != FORMAT or type(version) is not int:
         raise UnknownFormat(
-            f"the artifact has format {version!r}, and this release reads {FORMAT}", "install the exitify that wrote it, or transform the model again"
+            f"the artifact has format {version!r:.40}, and this release reads {FORMAT}",
+            "install the exitify that wrote it, or transform the model again",
         )
     return _translate(MANIFEST, lambda: from_json(Manifest, document, MANIFEST))
 
@@ -184,9 +195,9 @@ def _read_manifest(data: memoryview) -> Manifest:
 def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
     for path, entry in manifest.files.items():
         if path not in files:
-            raise MissingFile(f"the artifact lacks {path!r}, which its manifest lists", "get the artifact again")
+            raise MissingFile(f"the artifact lacks {path!r}, which its manifest lists", _AGAIN)
         if entry.bytes != len(files[path]) or entry.sha256 != hashlib.sha256(files[path]).hexdigest():
-            raise AlteredFile(f"{path!r} in the artifact was altered: its sha256 is not the manifest's", "get the artifact again")
+            raise AlteredFile(f"{path!r} in the artifact was altered: its sha256 is not the manifest's", _AGAIN)
     allowed = {WEIGHTS, HEADS, *(graph_path(segment.name) for segment in manifest.plan.segments)}
     for path in files:
         if path not in manifest.files:
@@ -196,32 +207,75 @@ def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
             raise ExtraFile(f"the artifact holds {path!r}, which format {FORMAT} does not know", "do not use this file")
     for path in allowed:
         if path not in files:
-            raise MissingFile(f"the artifact lacks {path!r}", "get the artifact again")
+            raise MissingFile(f"the artifact lacks {path!r}", _AGAIN)
     if manifest.model_id != model_id(manifest.plan, manifest.files):
-        raise AlteredFile("the artifact's model_id is not that of its plan, graphs and weights", "get the artifact again")
+        raise AlteredFile("the artifact's model_id is not that of its plan, graphs and weights", _AGAIN)
+
+
+def _check_plan(artifact: Artifact) -> None:
+    """What the runtime takes for granted, beyond `Plan.check`."""
+    plan = artifact.plan
+    for segment in plan.segments:
+        if "/" in segment.name:
+            raise MalformedManifest(f"the plan's segment {segment.name!r} has a / in its name", _AGAIN)
+        counts = (segment.cost.macs, segment.cost.parameters, segment.cost.moved_bytes)
+        if min(counts) < 0 or max(counts) >= 2**48:
+            raise MalformedManifest(f"the plan's segment {segment.name!r} cannot cost {segment.cost}", _AGAIN)
+    for name, value in plan.values.items():
+        if value.dtype not in ELEMENT_TYPES or min(value.shape, default=1) < 1 or value.size_bytes > container.MOST_BYTES:
+            raise MalformedManifest(f"the plan's value {name!r} cannot be {value.dtype} {str(value.shape)[:80]}", _AGAIN)
+    made = {value for segment in plan.segments for value in segment.outputs}
+    if plan.output not in made or len(plan.values[plan.output].shape) != 1:
+        raise MalformedManifest(f"the plan's output {plan.output!r} is not the scores of some classes, computed by a segment", _AGAIN)
+    heads = [segment for segment in plan.segments if segment.kind == "head" or segment.parameters]
+    for point in plan.exits:
+        moved = (point.after,), (point.logits, point.features, point.scores), (point.weight, point.bias, point.temperature)
+        if [(head.inputs, head.outputs, head.parameters) for head in heads].count(moved) != 1:
+            raise MalformedManifest(f"the plan has no head for exit {point.name!r}, with the inputs and outputs that FORMAT.md says", _AGAIN)
+        if point.head.classes != plan.classes or point.head.shape != plan.values[point.after].shape:
+            raise MalformedManifest(f"the head of exit {point.name!r} does not fit the value that it reads, or the number of classes", _AGAIN)
+    if len(heads) != len(plan.exits):
+        raise MalformedManifest(f"the plan has {len(heads)} heads for {len(plan.exits)} exits", _AGAIN)
+    for stretch in plan.stretches(plan.exit_names):
+        if not stretch.segments:
+            raise MalformedManifest(f"the plan's exit {stretch.exit!r} comes before one that it needs", _AGAIN)
+    value = plan.values[plan.input]
+    if (value.shape, value.dtype) != (artifact.manifest.input.shape, artifact.manifest.input.dtype):
+        raise MalformedManifest("the input contract and the plan describe different inputs", _AGAIN)
 
 
 def _check_model(artifact: Artifact) -> None:
     """Every graph has the plan's inputs and outputs, every tensor outside is where the weights have it, every head has its shape."""
+    plan = artifact.plan
     spans = {path: tensor_spans(memoryview(artifact.files[path]), path) for path in (WEIGHTS, HEADS)}
-    for segment in artifact.plan.segments:
-        where = graph_path(segment.name)
-        graph = artifact.graph(segment.name)
-        if set(graph.inputs) != {*segment.inputs, *segment.parameters} or set(graph.outputs) != set(segment.outputs):
-            raise MalformedManifest(f"{where} does not have the inputs and outputs that the plan names")
+    looks: dict[str, Value] = {**plan.values, **parameter_values(plan)}
+    graphs = {graph_path(segment.name): artifact.graph(segment.name) for segment in plan.segments}
+    for segment, (where, graph) in zip(plan.segments, graphs.items()):
+        reads, writes = (*segment.inputs, *segment.parameters), segment.outputs
+        for found, names in ((graph.inputs, reads), (graph.outputs, writes)):
+            if found != {name: value_info(name, looks[name]) for name in names}:
+                raise MalformedManifest(f"{where} does not have the inputs and outputs that the plan names", _AGAIN)
         for name, external in graph.external.items():
             span = spans.get(f"model/{external.location}", {}).get(name)
-            if span is None or span[2:] != (external.offset, external.offset + external.length):
-                raise MalformedManifest(f"{where} reads {name!r} from {external.location!r}, where the artifact has no such tensor")
-    for point in artifact.plan.exits:
-        expected = {point.weight: (point.head.classes, point.head.width), point.bias: (point.head.classes,)}
-        for name, shape in expected.items():
+            expected = (np.dtype(external.dtype), external.shape, external.offset, external.offset + external.length)
+            if span != expected:
+                raise MalformedManifest(f"{where} reads {name!r} from {external.location!r}, where the artifact has no such tensor", _AGAIN)
+    merge(graphs.values(), "the model")
+    for point in plan.exits:
+        for name in (point.weight, point.bias):
             span = spans[HEADS].get(name)
-            if span is None or span[:2] != (np.dtype(np.float32), shape):
-                raise MalformedManifest(f"{HEADS} lacks {name!r} as float32 {shape}")
-    value = artifact.plan.values[artifact.plan.input]
-    if (value.shape, value.dtype) != (artifact.manifest.input.shape, artifact.manifest.input.dtype):
-        raise MalformedManifest("the input contract and the plan describe different inputs")
+            if span is None or span[:2] != (np.dtype(looks[name].dtype), looks[name].shape):
+                raise MalformedManifest(f"{HEADS} lacks {name!r} as {looks[name].dtype} {looks[name].shape}", _AGAIN)
+
+
+def parameter_values(plan: Plan) -> dict[str, Parameter]:
+    """What the tensors look like that heads take as inputs."""
+    values: dict[str, Parameter] = {}
+    for point in plan.exits:
+        values[point.weight] = Parameter((point.head.classes, point.head.width), "float32")
+        values[point.bias] = Parameter((point.head.classes,), "float32")
+        values[point.temperature] = Parameter((), "float32")
+    return values
 
 
 def _check_profiles(artifact: Artifact) -> None:
@@ -229,16 +283,17 @@ def _check_profiles(artifact: Artifact) -> None:
     for name, profile in artifact.profiles.items():
         if not _PROFILE_NAME.fullmatch(name) or set(profile.exits) != exits or profile.model_id != artifact.manifest.model_id:
             raise MalformedManifest(f"profile {name!r} was made for another network", "calibrate again: `exitify calibrate`")
-        temperatures = [profile.final_temperature, *(setting.temperature for setting in profile.exits.values())]
-        if min(temperatures) <= 0:
-            raise MalformedManifest(
-                f"profile {name!r} has a temperature of {min(temperatures)}, and it must be above 0", "calibrate again: `exitify calibrate`"
-            )
+        for temperature in (profile.final_temperature, *(setting.temperature for setting in profile.exits.values())):
+            if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+                raise MalformedManifest(
+                    f"profile {name!r} has a temperature of {temperature}, not one from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}",
+                    "calibrate again: `exitify calibrate`",
+                )
 
 
 def _read_record(kind: type[T], data: Buffer, where: str) -> T:
     if memoryview(data).nbytes > LARGEST_RECORD:
-        raise OversizedArtifact(f"{where} has {memoryview(data).nbytes} bytes, and may have {LARGEST_RECORD}")
+        raise OversizedArtifact(f"{where} has {memoryview(data).nbytes} bytes, and may have {LARGEST_RECORD}", "do not use this file")
     return _translate(where, lambda: from_json(kind, loads(bytes(data), where), where))
 
 
@@ -250,4 +305,4 @@ def _translate(where: str, work: Callable[[], T]) -> T:
         raise
     except ExitifyError as error:
         problem = error.problem if where in error.problem else f"{where}: {error.problem}"
-        raise MalformedManifest(problem, error.hint or "get the artifact again") from error
+        raise MalformedManifest(problem, error.hint or _AGAIN) from error

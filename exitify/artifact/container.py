@@ -28,6 +28,7 @@ LONGEST_NAME = 255
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
+_END_MARK = b"PK\x05\x06"
 _DATE_1980 = 0x21
 _PADDING_ID = 0x7865
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
@@ -88,17 +89,19 @@ def read(buffer: Buffer) -> dict[str, memoryview]:
         at += entry.size
     _require_same(whole, at, directory)
     if at + len(directory) != len(whole):
-        raise NotAnArtifact(f"the artifact has {len(whole) - at - len(directory)} bytes after its end", "get the artifact again")
+        raise _appended(len(whole) - at - len(directory))
     return files
 
 
 def _layout(entries: Sequence[Entry]) -> tuple[list[bytes], bytes]:
     """Each file's header with its padding, and the directory that ends the container."""
-    if len(entries) > MOST_FILES or sum(entry.size for entry in entries) > MOST_BYTES:
-        raise OversizedArtifact(f"an artifact holds at most {MOST_FILES} files and {MOST_BYTES} bytes")
+    if len(entries) > MOST_FILES:
+        raise _oversized(f"{len(entries)} files")
     headers, records, at = [], [], 0
     for entry in entries:
         check_name(entry.name)
+        if at + entry.size > MOST_BYTES:
+            raise _oversized(f"{entry.name!r} with {entry.size} bytes at {at}")
         name = entry.name.encode("ascii")
         padding = -(at + _LOCAL.size + len(name) + 4) % ALIGNMENT
         extra = struct.pack("<2H", _PADDING_ID, padding) + bytes(padding)
@@ -108,21 +111,35 @@ def _layout(entries: Sequence[Entry]) -> tuple[list[bytes], bytes]:
         records.append(_CENTRAL.pack(b"PK\x01\x02", 0x031E, *common, 0, 0, 0, 0, 0o100644 << 16, at) + name)
         at += len(header) + entry.size
     directory = b"".join(records)
-    end = _END.pack(b"PK\x05\x06", 0, 0, len(entries), len(entries), len(directory), at, 0)
+    if at + len(directory) + _END.size > MOST_BYTES:
+        raise _oversized(f"{at + len(directory) + _END.size} bytes")
+    end = _END.pack(_END_MARK, 0, 0, len(entries), len(entries), len(directory), at, 0)
     return headers, directory + end
+
+
+def _oversized(what: str) -> OversizedArtifact:
+    return OversizedArtifact(f"the artifact has {what}; it may have {MOST_FILES} files and {MOST_BYTES} bytes", "store a smaller network")
+
+
+def _appended(count: int) -> NotAnArtifact:
+    return NotAnArtifact(f"the artifact has {count} bytes after its end", "get the artifact again; do not change it with a zip tool")
 
 
 def _directory(whole: memoryview) -> Iterator[Entry]:
     """The entries that the directory lists. Everything else it says is held against `_layout` later."""
     if len(whole) > MOST_BYTES:
-        raise OversizedArtifact(f"the file has {len(whole)} bytes, and an artifact at most {MOST_BYTES}")
+        raise _oversized(f"{len(whole)} bytes")
     if bytes(whole[:4]) != b"PK\x03\x04":
         raise NotAnArtifact("the file is not an exitify artifact: it does not start as one", "`exitify transform MODEL -o net.exitify` writes one")
-    if len(whole) < _END.size or bytes(whole[-_END.size :][:4]) != b"PK\x05\x06":
+    tail = bytes(whole[-_END.size - 0xFFFF :])
+    behind = len(tail) - tail.rfind(_END_MARK) - _END.size if _END_MARK in tail else -1
+    if behind < 0:
         raise TruncatedArtifact("the artifact is cut off: its directory is missing", "get the artifact again")
+    if behind > 0:
+        raise _appended(behind)
     *_, count, size, start, _ = _END.unpack(whole[-_END.size :])
     if count > MOST_FILES:
-        raise OversizedArtifact(f"the artifact lists {count} files, and may hold {MOST_FILES}")
+        raise _oversized(f"{count} files")
     if start + size + _END.size != len(whole):
         raise TruncatedArtifact("the artifact is cut off: its directory is not where it should be", "get the artifact again")
     seen: set[str] = set()

@@ -30,7 +30,7 @@ def upper_bound(successes: int, trials: int, confidence: float) -> float:
     """
     if successes >= trials:
         return 1.0
-    low, high = successes / trials, 1.0
+    low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
         if binomial_tail(successes, trials, middle) > 1.0 - confidence:

@@ -30,6 +30,8 @@ SEARCH_SHARE = 0.4
 
 FEWEST_SAMPLES = 50
 
+NO_EXIT = "No exit pays within this promise: the full network runs."
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -147,8 +149,8 @@ def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: st
     thresholds that the others would have chosen at the same price of errors, and the price is chosen by that.
     """
     path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
-    kept = np.flatnonzero(held_out.drop <= max_drop)
-    best = int(kept[held_out.cost[kept].argmin()]) if len(kept) else 0
+    kept = np.flatnonzero(held_out.drop <= max_drop)  # never empty: without an exit nothing drops
+    best = int(kept[held_out.cost[kept].argmin()])
     note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {held_out.drop_error[best] * 100:.2f} points."
     return _settled(path[best], temperatures, held_out, best, Promise("max-drop", max_drop, 0.0, True, len(outputs.labels), 0, 0, 0, 0, note))
 
@@ -199,13 +201,14 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
     predictions = test.logits.argmax(axis=2)
     disagreement = float((predictions[taken, everyone] != predictions[-1]).mean())
     bound = upper_bound(round(disagreement * len(taken)), len(taken), confidence)
+    note = f"at most {bound * 100:.2f} % disagreement at {confidence:g}, proven on {len(taken)} of the samples."
     promise = Promise(
         "risk", rate, confidence, True, len(outputs.labels),
         accuracy=float((predictions[taken, everyone] == test.labels).mean()),
         full_accuracy=float((predictions[-1] == test.labels).mean()),
         disagreement=disagreement,
         mean_macs_share=float(_macs(plan, chosen)[taken].mean()),
-        note=f"at most {bound * 100:.2f} % disagreement at {confidence:g}, proven on {len(taken)} of the samples.",
+        note=note if (chosen < NEVER).any() else f"{NO_EXIT} {note}",
     )  # fmt: skip
     return Settings(chosen, temperatures, promise)
 
@@ -234,10 +237,11 @@ class _HeldOut:
 
 
 def _cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[list[NDArray[np.float64]], _HeldOut, NDArray[np.float64]]:
-    """The path over all samples, and how its prices fare on samples held out."""
+    """The path over all samples, its first step no exit at all, and how its prices fare on samples held out."""
     temperatures = _temperatures(outputs)
     recorded = _recorded(outputs, temperatures, plan, policy, _excess_error(outputs, temperatures))
-    path = list(price_path(recorded))
+    nothing = np.full(len(plan.exits), NEVER)
+    path = [nothing, *price_path(recorded)]
     count = len(outputs.labels)
     predictions = outputs.logits.argmax(axis=2)
     right = predictions == outputs.labels
@@ -245,7 +249,7 @@ def _cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[li
     folds = np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
     for fold in folds:
         others = np.setdiff1d(np.arange(count), fold)
-        for step, thresholds in enumerate(price_path(recorded.select(others))):
+        for step, thresholds in enumerate([nothing, *price_path(recorded.select(others))]):
             taken = exits_taken(recorded.confidence[:, fold], thresholds)
             drop[step, fold] = right[-1, fold].astype(float) - right[taken, fold]
             differs[step, fold] = predictions[taken, fold] != predictions[-1, fold]
@@ -258,7 +262,7 @@ def _cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[li
 def _settled(thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: _HeldOut, step: int, promise: Promise) -> Settings:
     """Settings whose promise carries what was measured at this step."""
     if not (thresholds < NEVER).any():
-        promise = replace(promise, note="No exit pays within this promise: the full network runs. " + promise.note)
+        promise = replace(promise, note=f"{NO_EXIT} {promise.note}")
     measured = replace(
         promise,
         accuracy=held_out.full_accuracy - float(held_out.drop[step]),
@@ -330,7 +334,7 @@ def _check_request(artifact: Artifact, max_drop: float | None, budget_macs: floa
         raise CalibrationError("the artifact's heads are untrained", "run `exitify train` first")
     if max_drop is not None and not 0 <= max_drop <= 1:
         raise CalibrationError(f"--max-drop {max_drop:g} is no share of the samples", "0.005 is half a point of accuracy")
-    if budget_macs is not None and not budget_macs > 0:
+    if budget_macs is not None and not 0 < budget_macs < np.inf:
         raise CalibrationError(f"--budget-macs {budget_macs:g} is no share of the network's multiply-adds", "0.6 is three fifths")
     if risk is not None and not (0 < risk[0] < 1 and 0 < risk[1] < 1):
         raise CalibrationError(f"--risk {risk[0]:g}@{risk[1]:g} is no rate and confidence in (0, 1)", "0.02@0.95: at most 2 % at 95 % confidence")

@@ -98,8 +98,10 @@ def _best_threshold(confidence: NDArray[np.float64], gain: NDArray[np.float64], 
     best = int(total.argmin())
     if total[best] + fee >= 0:
         return float(NEVER)
-    following = ranked[best + 1] if best + 1 < len(ranked) else ranked[best]
-    return float((ranked[best] + following) / 2)
+    if best + 1 == len(ranked):
+        return float(ranked[best])
+    middle = (ranked[best] + ranked[best + 1]) / 2
+    return float(middle if middle > ranked[best + 1] else ranked[best])  # between neighbouring floats there is no middle
 
 
 def price_path(recorded: Recorded, steps: int = 60) -> Iterator[NDArray[np.float64]]:

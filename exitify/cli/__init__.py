@@ -1,4 +1,4 @@
-"""The command line: `exitify transform | train | calibrate | run | bench | inspect | export`."""
+"""The command line: `exitify transform | train | calibrate | run | bench | inspect | export | targets`."""
 
 from exitify.cli.app import main
 

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
 from exitify.cli import build, use
 from exitify.errors import ExitifyError
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, for which Ctrl-C is an error like others (the parser would end with another exit code)."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            raise ExitifyError("interrupted; nothing was changed", "the same command goes on where it was") from None
+
+    return run
+
 
 app = typer.Typer(
     name="exitify",
@@ -17,23 +35,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (build.transform, build.train, build.calibrate, use.run, use.bench, use.inspect, build.export):
-    app.command()(command)
+for command in (build.transform, build.train, build.calibrate, use.run, use.bench, use.inspect, build.export, use.targets):
+    app.command()(_interruptible(command))
 
 
 def main() -> None:
     """Run a command. Exit 0, 1 for what the user can mend (two lines, no traceback), 2 for a wrong usage."""
     logging.basicConfig(format="exitify: warning: %(message)s", level=logging.WARNING)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except ExitifyError as error:
         print(f"exitify: {error.problem}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("exitify: interrupted; nothing was changed\n  hint: the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(1) from None
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # whoever read the output has gone (`| head -1`); what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from exitify.cli import show, tables
-from exitify.errors import ExitifyError
+from exitify.errors import DataError, ExitifyError
+from exitify.files import NotWritten
+
+log = logging.getLogger(__name__)
 
 ARTIFACT = typer.Argument(help="An artifact, net.exitify.", show_default=False)
 DATA = typer.Option(help="A folder with one sub-folder a class, a .npz with x and y (file.npz#test: x_test and y_test), or package.module:loader.")
 OUTPUT = typer.Option("-o", "--output", help="Where to write; by default the artifact itself is replaced.")
 JSON = typer.Option("--json", help="Print JSON, for machines.")
 THREADS = typer.Option(help="CPU threads.", min=1)
+LARGEST_SEED = 2**32 - 1
 
 
 def transform(
@@ -29,7 +35,7 @@ def transform(
     preprocess: Annotated[str | None, typer.Option(help="imagenet, or 'mean=…;std=…;resize=256;crop=224'.")] = None,
     classes: Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the fresh heads' weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the fresh heads' weights.")] = 0,
     why: Annotated[bool, typer.Option("--why", help="List every place that was considered, and why it is no exit.")] = False,
     json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -41,11 +47,17 @@ def transform(
     from exitify.passes.choose_exits import ChooseExits
     from exitify.transform import add_exits
 
+    _require_place(output)
     shape = parse_shape(input_shape) if input_shape else None
     names = tuple(classes.split(",")) if classes else ()
     loaded = load_model(model, weights=weights, input_shape=shape, preprocess=preprocess, classes=names, trust=trust)
+    if loaded.has_random_weights:
+        log.warning("%s has random weights; give its trained ones with --weights", model)
     torch.manual_seed(seed)
     captured = exitify.capture(loaded.module, loaded.example, source=loaded.source)
+    scores = captured.values[captured.plan.output].shape[-1]
+    if loaded.contract.classes and len(loaded.contract.classes) != scores:
+        raise DataError(f"{len(loaded.contract.classes)} classes are named, and the network has {scores}", "name them all in order: --classes A,B,…")
     program = add_exits(captured, exits=exits, head=head)
     artifact = exitify.export(program, contract=loaded.contract, heads_trained=False)
     artifact.save(output)
@@ -58,7 +70,8 @@ def transform(
     tables.exits(artifact.plan)
     if considered:
         tables.considered(considered)
-    print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. Heads are untrained: `exitify train {output} --data DIR`")
+    next_step = f"Heads are untrained: `exitify train {output} --data DIR`" if artifact.plan.exits else "It has no exits."
+    print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. {next_step}")
     show.python_call(f"exitify.export(exitify.transform(model, example, exits={exits!r}), heads_trained=False).save({str(output)!r})")
 
 
@@ -73,7 +86,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak of the schedule.")] = 0.05,
     work: Annotated[Path | None, typer.Option(help="Folder for recorded features and checkpoints.")] = None,
     threads: Annotated[int | None, THREADS] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Train the heads; the network itself stays as it is. Needs the artifact and labelled pictures, nothing else."""
@@ -81,14 +94,17 @@ def train(
     from exitify.data import load_samples
     from exitify.train.heads import HeadTraining, train_heads
 
+    _require_place(output or artifact)
     opened = Artifact.open(artifact)
     samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
     options = HeadTraining(epochs, copies, augment, distillation, learning_rate=learning_rate, seed=seed)
+    folder = work or artifact.with_name(f"{artifact.stem}.train")
     with show.progress_bar() as progress:
-        trained, reports = train_heads(
-            opened, samples, options, work=work or artifact.with_name(f"{artifact.stem}.train"), threads=threads, progress=progress
-        )
+        trained, reports = train_heads(opened, samples, options, work=folder, threads=threads, progress=progress)
     trained.save(output or artifact)
+    if work is None:
+        with contextlib.suppress(OSError):  # not empty: a training with other options was interrupted
+            folder.rmdir()
     if json:
         show.as_json({"output": str(output or artifact), "model_id": trained.manifest.model_id, "heads": [vars(report) for report in reports]})
         return
@@ -110,7 +126,7 @@ def calibrate(
     output: Annotated[Path | None, OUTPUT] = None,
     engine: Annotated[str, typer.Option(help="What records the outputs.")] = "auto",
     threads: Annotated[int, THREADS] = 1,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Find thresholds that keep a promise, on labelled pictures that the network was not trained on."""
@@ -118,6 +134,7 @@ def calibrate(
     from exitify.calibration.calibrate import calibrate as find
     from exitify.data import load_samples
 
+    _require_place(output or artifact)
     opened = Artifact.open(artifact)
     samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
     if policy not in ("top1", "margin"):
@@ -137,6 +154,14 @@ def calibrate(
     show.python_call(
         f"exitify.calibrate(exitify.Artifact.open({str(artifact)!r}), samples, {_promise_text(max_drop, budget_macs, risk)}, name={profile!r})"
     )
+
+
+def _require_place(output: Path) -> None:
+    """Refuse at once what could not be written at the end of long work."""
+    if not output.parent.is_dir():
+        raise NotWritten(f"cannot write {output}: there is no folder {output.parent}", "make the folder first, or choose another place")
+    if output.is_dir():
+        raise NotWritten(f"cannot write {output}: it is a folder", "give the name of a file in it")
 
 
 def _promise_text(max_drop: float | None, budget_macs: float | None, risk: str | None) -> str:
@@ -165,6 +190,7 @@ def export(
     from exitify.export.static import export_static, static_stretch
     from exitify.files import written_whole
 
+    _require_place(output)
     opened = Artifact.open(artifact)
     name = f"exit{exit}" if exit.isdigit() else exit
     model = export_static(opened, exit=name)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exitify.bench import BenchReport
     from exitify.passes.choose_exits import Considered
     from exitify.runtime.session import Answer
+    from exitify.targets import Target
     from exitify.train.heads import HeadReport
 
 
@@ -109,3 +110,14 @@ def artifact(opened: Artifact) -> None:
     exits(opened.plan)
     for name, made in opened.profiles.items():
         profile(name, made)
+
+
+def targets(boards: Sequence[Target]) -> None:
+    """Boards, their processors and memory."""
+    rows = []
+    for board in boards:
+        gpu = f"{board.gpu.architecture}, {board.gpu.multiprocessors} SMs, {board.gpu.clock_mhz} MHz" if board.gpu else ""
+        cores = f"{board.cpu.cores} x {board.cpu.name}" if board.cpu.cores else board.cpu.name
+        memory = f"{board.memory_gib} GiB, {board.bandwidth_gb_s:g} GB/s" if board.memory_gib else ""
+        rows.append((board.name, board.description, cores, gpu, memory, ", ".join(board.power_modes)))
+    table("Targets", ("name", "board", "CPU", "GPU", "memory", "power modes"), rows)

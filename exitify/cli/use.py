@@ -9,12 +9,13 @@ import typer
 
 from exitify.cli import show, tables
 from exitify.cli.build import ARTIFACT, DATA, JSON, THREADS
-from exitify.errors import DataError
+from exitify.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from exitify.artifact.artifact import Artifact
     from exitify.artifact.manifest import InputContract
 
 PROFILE = typer.Option(help="Calibrated profile; by default the one called 'default', if there is one.")
@@ -67,6 +68,8 @@ def read_inputs(name: str, contract: InputContract) -> list[tuple[str, NDArray[A
         array = np.load(name, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{name} is not a .npy array: {str(error).splitlines()[0][:100]}", "write it with numpy.save, without objects") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{name} holds several arrays (it is a .npz)", "write the one with the inputs with numpy.save")
     one = len(contract.shape)
     if array.ndim == one:
         return [(name, array)]
@@ -91,7 +94,7 @@ def bench(
     engine: Annotated[str, ENGINE] = "auto",
     threads: Annotated[int, THREADS] = 1,
     samples: Annotated[int, typer.Option(min=2, help="How many to time.")] = 1000,
-    model: Annotated[str | None, typer.Option(help="The original, for torch; by default the one the artifact came from.")] = None,
+    model: Annotated[str | None, typer.Option(help="The original, for torch and inductor; its weights are taken from the artifact.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
     json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -115,25 +118,26 @@ def bench(
     show.python_call(f"exitify.bench(exitify.Artifact.open({str(artifact)!r}), samples)")
 
 
-def original_module(artifact: Any, model: str | None, trust: bool) -> Any:
-    """The model that the artifact came from, with the artifact's weights."""
+def original_module(artifact: Artifact, model: str | None, trust: bool) -> Any:
+    """The model that the artifact came from, as the user names it, with the artifact's weights.
+
+    The name that stands in the artifact is not used: opening a stranger's file must not choose what is imported here.
+    """
     import numpy as np
     import torch
 
     from exitify.artifact.artifact import WEIGHTS
-    from exitify.errors import ModelError
     from exitify.models import load_model
 
-    source = model or artifact.manifest.model.source
-    if not source:
-        raise ModelError("the artifact does not say which model it came from", "give --model MODEL")
-    module = load_model(source, input_shape=artifact.manifest.input.shape, trust=trust).module
+    if model is None:
+        raise ModelError("timing against torch needs the original model", f"give --model {artifact.manifest.model.source or 'MODEL'}")
+    module = load_model(model, input_shape=artifact.manifest.input.shape, trust=trust).module
     tensors = artifact.tensors(WEIGHTS)
     own = {name: torch.from_numpy(np.array(tensors[name])) for name in module.state_dict() if name in tensors}
     try:
         module.load_state_dict(own)
     except RuntimeError as error:
-        raise ModelError(f"{source} is not the model of this artifact", "give the one that was transformed: --model MODEL") from error
+        raise ModelError(f"{model} is not the model of this artifact", "give the one that was transformed: --model MODEL") from error
     return module
 
 
@@ -148,3 +152,15 @@ def inspect(artifact: Annotated[Path, ARTIFACT], json: Annotated[bool, JSON] = F
         return
     print(f"{artifact}, {artifact.stat().st_size / 2**20:.1f} MiB")
     tables.artifact(opened)
+
+
+def targets(json: Annotated[bool, JSON] = False) -> None:
+    """List the boards that exitify knows, and where each figure comes from."""
+    from exitify.targets import load_target, target_names
+
+    boards = [load_target(name) for name in target_names()]
+    if json:
+        show.as_json(boards)
+        return
+    tables.targets(boards)
+    show.python_call("[exitify.targets.load_target(name) for name in exitify.targets.target_names()]")

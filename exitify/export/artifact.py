@@ -9,6 +9,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -51,6 +52,7 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     """
     if not program.plan.segments:
         program = CutSegments()(program)
+    _refuse_other_dtypes(program)
     contract = contract or InputContract(
         shape=program.values[program.plan.input].shape, color="L" if program.values[program.plan.input].shape[0] == 1 else "RGB"
     )
@@ -78,6 +80,13 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     return artifact
 
 
+def _refuse_other_dtypes(program: Program) -> None:
+    weights = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in program.state_dict().items()}
+    for name, dtype in {**weights, **{name: value.dtype for name, value in program.plan.values.items()}}.items():
+        if dtype not in ELEMENT_TYPES:
+            raise ModelError(f"{name!r} is {dtype}, which an artifact cannot hold", "convert the model before: model.float()")
+
+
 def _whole_network(program: Program) -> ModelProto:
     """The network with all heads as one ONNX graph whose outputs bear the plan's names."""
     graph, renamed = copy_graph(program.graph)
@@ -92,9 +101,16 @@ def _whole_network(program: Program) -> ModelProto:
                 outputs[name] = graph.call_function(operator.getitem, (head, i))
     for segment in program.plan.segments:
         outputs.update({name: nodes[name] for name in segment.outputs if name not in outputs})
+    _copy_before_overwriting(graph, nodes, program)
     final = next(node for node in graph.nodes if node.op == "output")
     final.args = (tuple(outputs.values()),)
     module = fx.GraphModule(program.replace(members={HEADS_MODULE: heads}), graph).eval()
+    weights = program.state_dict().keys()
+
+    def is_no_weight(node: Any) -> bool | None:
+        """Leave what is computed from a weight to the engine: folded here, the weight would be stored a second time."""
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -109,13 +125,39 @@ def _whole_network(program: Program) -> ModelProto:
                 verbose=False,
             )
             assert exported is not None
-            optimizer.fold_constants(exported.model, input_size_limit=2**22, output_size_limit=2**22)
+            optimizer.fold_constants(exported.model, input_size_limit=2**22, output_size_limit=2**22, should_fold=is_no_weight)
             optimizer.remove_unused_nodes(exported.model)
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the network has no ONNX form: {line[:200]}", "replace the operator named by one that ONNX has") from error
     proto: ModelProto = exported.model_proto
     return proto
+
+
+class _Watch(fx.Interpreter):
+    """Runs a graph, and notes which node overwrites which of its arguments in place."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, graph=program.graph)
+        self.writes: list[tuple[fx.Node, fx.Node]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        given = {source: self.env[source] for source in n.all_input_nodes if isinstance(self.env[source], torch.Tensor)}
+        versions = {source: tensor._version for source, tensor in given.items()}
+        result = super().run_node(n)
+        self.writes.extend((n, source) for source, tensor in given.items() if tensor._version != versions[source])
+        return result
+
+
+def _copy_before_overwriting(graph: fx.Graph, nodes: Mapping[str, fx.Node], program: Program) -> None:
+    """Let in-place operations write to a copy, so that a value that leaves its segment is what it was when it was computed."""
+    watch = _Watch(program)
+    with torch.no_grad():
+        watch.run(example_input(program.values[program.plan.input]))
+    for writer, written in watch.writes:
+        with graph.inserting_before(nodes[writer.name]):
+            copied = graph.call_method("clone", (nodes[written.name],))
+        nodes[writer.name].replace_input_with(nodes[written.name], copied)
 
 
 class _Cut:
@@ -159,9 +201,8 @@ class _Cut:
                 raise ModelError(f"segments {owner!r} and {segment.name!r} both compute {self.nodes[i].name!r}", "report this with the model")
         self.known.update(segment.outputs)
         inputs = tuple(name for name in read if name in self.plan.values)
-        initializers = [
-            self._initializer(name, places) for name in read if name in self.inside or (name in self.tensors and name not in segment.parameters)
-        ]
+        constants = [name for name in read if (name in self.inside or name in self.tensors) and name not in segment.parameters]
+        initializers = [self._initializer(name, places) for name in constants]
         missing = set(read) - set(inputs) - set(segment.parameters) - {tensor.name for tensor in initializers}
         assert not missing, f"{segment.name}: nothing gives {missing}"
         head = {point.name: point for point in self.plan.exits}.get(segment.name.removeprefix("head_"))

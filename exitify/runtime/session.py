@@ -130,8 +130,8 @@ class Session:
         """Switch to another profile between two calls; calls under way end with the one they began with."""
         if profile is None and "default" in self.artifact.profiles:
             profile = "default"
-        self.profile_name = profile
         self._setup = self._make_setup(None if profile is None else self.artifact.profile(profile))
+        self.profile_name = profile
 
     def run(self, x: Array) -> Answer:
         """Answer for one sample, stopping as soon as the profile allows.
@@ -229,7 +229,7 @@ class Session:
                     logits=plan.output if point is None else point.logits,
                     scores="" if point is None else point.scores,
                     column=-1 if is_final else column,
-                    threshold=thresholds.get(stretch.exit, np.inf),
+                    threshold=_as_float32(thresholds.get(stretch.exit, np.inf)),
                     temperature=temperatures.get(stretch.exit, 1.0),
                     macs=int(spent),
                     remaining_macs=int(macs[-1] - spent),
@@ -261,7 +261,7 @@ class Session:
         contract = self.contract
         if not isinstance(x, np.ndarray):
             raise DataError(f"the input is a {type(x).__name__}, not a NumPy array", "convert it: numpy.asarray(x)")
-        if x.dtype == np.uint8 and contract.dtype != "uint8":
+        if x.dtype == np.uint8 and contract.dtype != "uint8" and x.size:
             return prepare_pictures(x if x.ndim == 4 else x[None], contract)
         if x.ndim == len(contract.shape):
             x = x[None]
@@ -272,9 +272,21 @@ class Session:
         if x.dtype != contract.dtype:
             if not (np.issubdtype(x.dtype, np.floating) and contract.dtype == "float32"):
                 raise DataError(f"the input is {x.dtype}, and the network reads {contract.dtype}", f"convert it: x.astype(numpy.{contract.dtype})")
-            x = x.astype(np.float32)
-        # One sum is the cheapest look at all values: NaN and infinity survive it.
-        if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x.sum()) and not np.isfinite(x).all():
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                x = x.astype(np.float32)
+        if np.issubdtype(x.dtype, np.floating) and not _is_finite(x):
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
             raise DataError(f"the input holds {x[at]} at {at}", "clean the input: the network's answer to it would mean nothing")
         return x
+
+
+def _is_finite(x: Array) -> bool:
+    """One sum is the cheapest look at all values: NaN and infinity survive it. It may also overflow by itself."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(x.sum()) or np.isfinite(x).all())
+
+
+def _as_float32(threshold: float) -> float:
+    """The threshold as scores are compared with it, alone or in a batch; what is too large for float32 is never reached."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(threshold))

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from exitify.program import HEADS as HEADS_MODULE
 from exitify.progress import Progress, silent
 from exitify.records import dumps
 from exitify.train.augment import Augmentation
-from exitify.train.record import FeatureFile, record
+from exitify.train.record import ROWS_A_CHUNK, FeatureFile, record
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,18 @@ def train_heads(
         samples: Training pictures and labels.
         options: How to train.
         work: Folder for recorded features and checkpoints; an interrupted training with the same data and options goes on
-            from there, and it is removed at the end. By default a folder `exitify-train` here.
+            from there, and at the end what it put there is removed. By default a folder `exitify-train` here.
         threads: CPU threads, by default all.
         progress: Called now and then.
 
     Raises:
-        PlanError: the artifact has no exits. DataError: too few samples, or the disk is full.
+        PlanError: the artifact has no exits. DataError: an unknown augmentation, too few samples, or the disk is full.
     """
     options = options or HeadTraining()
     if not artifact.plan.exits:
         raise PlanError("the artifact has no exits to train", "transform with `--exits auto` or a number")
+    if options.augmentation not in ("auto", *get_args(Augmentation)):
+        raise DataError(f"there is no augmentation {options.augmentation!r}", f"there are auto, {', '.join(get_args(Augmentation))}")
     threads = threads or torch.get_num_threads()
     train_rows, validation_rows = _split(samples, options)
     folder = (work or Path("exitify-train")) / _key(artifact, samples, options)
@@ -181,7 +183,9 @@ def _fit(
     shapes = [_pooled_shape(heads[point.name], point.head.shape) for point in artifact.plan.exits]
     parameters = [parameter for head in heads.values() for parameter in head.parameters()]
     optimizer = torch.optim.SGD(parameters, options.learning_rate, momentum=0.9, weight_decay=options.weight_decay, nesterov=True)
-    steps = options.epochs * -(-len(files[0].rows) // options.batch) + 1
+    starts = range(0, len(files[0].rows), ROWS_A_CHUNK)
+    batches = sum(-(-min(ROWS_A_CHUNK, len(files[0].rows) - start) // options.batch) for start in starts)
+    steps = options.epochs * batches + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=steps, pct_start=0.15)
     best = {name: copy.deepcopy(head.state_dict()) for name, head in heads.items()}
     reports = {name: HeadReport(name, 0.0, -1) for name in heads}

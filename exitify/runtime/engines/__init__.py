@@ -20,7 +20,7 @@ def make_engine(name: str, artifact: Artifact, threads: int) -> Engine:
         EngineError: there is no such engine, or its library is missing.
     """
     kind, _, provider = name.partition(":")
-    if kind not in ENGINES:
+    if kind not in ENGINES or (kind == "reference" and provider):
         raise EngineError(f"there is no engine {name!r}", f"there are {', '.join(ENGINES)}")
     try:
         if kind == "reference":

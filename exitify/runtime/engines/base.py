@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact
-from exitify.artifact.onnx_graph import Parameter, Segment, join
+from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, parameter_values
+from exitify.artifact.onnx_graph import Segment, join
 from exitify.plan import Stretch, Value
 
 Array = NDArray[Any]
@@ -65,18 +65,9 @@ class Engine(abc.ABC):
         """The stretch as one ONNX model, and the tensors that stand outside it by name."""
         plan = self.artifact.plan
         graphs: list[Segment] = [self.artifact.graph(name) for name in stretch.segments]
-        looks: dict[str, Value] = {**plan.values, **self.parameter_values()}
+        looks: dict[str, Value] = {**plan.values, **parameter_values(plan)}
         model = join(graphs, [*stretch.inputs, *stretch.parameters], stretch.outputs, looks)
         return model, {name: self.weights[name] for graph in graphs for name in graph.external}
-
-    def parameter_values(self) -> dict[str, Parameter]:
-        """What the tensors look like that heads take as inputs."""
-        values: dict[str, Parameter] = {}
-        for point in self.artifact.plan.exits:
-            values[point.weight] = Parameter((point.head.classes, point.head.width), "float32")
-            values[point.bias] = Parameter((point.head.classes,), "float32")
-            values[point.temperature] = Parameter((), "float32")
-        return values
 
 
 class _PlainBound(Bound):

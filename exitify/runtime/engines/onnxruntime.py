@@ -72,15 +72,14 @@ class _Runner(Runner):
         try:
             return dict(zip(self.stretch.outputs, self.session.run(list(self.stretch.outputs), dict(inputs))))
         except Exception as error:
-            raise EngineError(
-                f"ONNX Runtime failed in {', '.join(self.stretch.segments)}: {_first_line(error)}", "check the input and the memory left"
-            ) from error
+            raise _failed(self.stretch, error) from error
 
 
 class _Binding(Bound):
     """One buffer a value; what a stretch writes is where the next one reads."""
 
     def __init__(self, engine: OnnxRuntimeEngine, stretches: Sequence[Stretch], parameters: Parameters) -> None:
+        self.stretches = stretches
         plan = engine.artifact.plan
         names = [plan.input, *(name for stretch in stretches for name in stretch.outputs)]
         self.buffers = {name: np.zeros((1, *plan.values[name].shape), plan.values[name].dtype) for name in names}
@@ -102,10 +101,17 @@ class _Binding(Bound):
 
     def step(self, index: int) -> None:
         run, binding = self.steps[index]
-        run(binding)
+        try:
+            run(binding)
+        except Exception as error:
+            raise _failed(self.stretches[index], error) from error
 
     def value(self, name: str) -> Array:
         return self.buffers[name]
+
+
+def _failed(stretch: Stretch, error: Exception) -> EngineError:
+    return EngineError(f"ONNX Runtime failed in {', '.join(stretch.segments)}: {_first_line(error)}", "check the input and the memory left")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import onnx
 from onnx.reference import ReferenceEvaluator
 
+from exitify.errors import EngineError
 from exitify.plan import Stretch
 from exitify.runtime.engines.base import Array, Engine, Runner
 
@@ -22,9 +24,21 @@ class ReferenceEngine(Engine):
         for tensor in model.graph.initializer:
             if tensor.name in outside:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(outside[tensor.name], tensor.name))
-        evaluator = ReferenceEvaluator(model)
+        with _named(stretch):
+            evaluator = ReferenceEvaluator(model)
 
         def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
-            return dict(zip(stretch.outputs, evaluator.run(list(stretch.outputs), dict(inputs))))
+            with _named(stretch):
+                return dict(zip(stretch.outputs, evaluator.run(list(stretch.outputs), dict(inputs))))
 
         return run
+
+
+@contextlib.contextmanager
+def _named(stretch: Stretch) -> Iterator[None]:
+    """Whatever the evaluator raises, as an EngineError that names the segments."""
+    try:
+        yield
+    except Exception as error:
+        hint = "use the engine onnxruntime; this one is for checks"
+        raise EngineError(f"the reference engine failed in {', '.join(stretch.segments)}: {error}", hint) from error
