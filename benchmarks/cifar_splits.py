@@ -16,7 +16,7 @@ import numpy as np
 
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import ExitSetting, Profile
-from exitify.bench import bench
+from exitify.benchmark import bench
 from exitify.calibration.calibrate import confidence_of, record_outputs, settle_max_drop
 from exitify.calibration.thresholds import NEVER, exits_taken
 from exitify.data import load_samples
@@ -56,13 +56,13 @@ def main() -> None:
         report = bench(artifact.with_profile("split", profile), samples.subset(judged), profile="split", most=options.timed, seed=seed)
         baseline.append(report.timings[0])
         times.append(report.timings[1])
-        print(f"split {seed:2d}: drop {drop * 100:+.2f} points, MACs {cost.mean():.3f}, wall-clock {report.timings[1].mean_ms / report.timings[0].mean_ms:.3f}, "
-              f"{int(on.sum())} exits on", flush=True)  # fmt: skip
+        ratio = report.timings[1].mean_ms / report.timings[0].mean_ms
+        print(f"split {seed:2d}: drop {drop * 100:+.2f} points, MACs {cost.mean():.3f}, wall-clock {ratio:.3f}, {on.sum()} exits on", flush=True)
     table = np.array(rows)
     error = table[:, 0].std(ddof=1) / np.sqrt(len(table))
-    print(
-        f"full network {right[-1].mean():.4f}; drop {table[:, 0].mean() * 100:.2f} ± {error * 100:.2f} points; MACs {table[:, 1].mean():.3f} (sd {table[:, 1].std():.3f})"
-    )
+    drops, macs_shares = table[:, 0], table[:, 1]
+    print(f"full network {right[-1].mean():.4f}; drop {drops.mean() * 100:.2f} ± {error * 100:.2f} points", end="; ")
+    print(f"MACs {macs_shares.mean():.3f} (sd {macs_shares.std():.3f})")
     for name in ("mean_ms", "p50_ms", "p95_ms"):
         ours, theirs = (np.array([getattr(timing, name) for timing in series]) for series in (times, baseline))
         low, middle, high = np.percentile(ours / theirs, (25, 50, 75))

@@ -46,10 +46,12 @@ def main() -> None:
         macs.append(settings.promise.mean_macs_share)
         if draw % 100 == 99:
             held = int((np.array(rates) <= options.rate).sum())
-            print(f"{draw + 1} draws: held in {held} ({held / (draw + 1):.3f}), mean disagreement {np.mean(rates):.4f}, MACs {np.mean(macs):.3f}", flush=True)
+            means = f"mean disagreement {np.mean(rates):.4f}, MACs {np.mean(macs):.3f}"
+            print(f"{draw + 1} draws: held in {held} ({held / (draw + 1):.3f}), {means}", flush=True)
     held = int((np.array(rates) <= options.rate).sum())
     bound = 1 - upper_bound(len(rates) - held, len(rates), 0.95)
-    print(f"promise {options.rate:g}@{options.confidence:g} on {options.size} samples: held in {held} of {len(rates)} draws (at least {bound:.3f} at 95 %)")
+    promise = f"promise {options.rate:g}@{options.confidence:g} on {options.size} samples"
+    print(f"{promise}: held in {held} of {len(rates)} draws (at least {bound:.3f} at 95 %)")
 
 
 if __name__ == "__main__":

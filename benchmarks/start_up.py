@@ -31,7 +31,8 @@ def main() -> None:
         subprocess.run([options.python, "-m", "exitify", "run", str(options.artifact), str(options.picture)], capture_output=True, check=True)
         seconds.append(time.perf_counter() - started)
     low, middle, high = np.percentile(seconds[1:], (25, 50, 75))
-    print(f"first {seconds[0]:.3f} s; then median {middle:.3f} s (quartiles {low:.3f} to {high:.3f}, most {max(seconds[1:]):.3f}) over {options.runs} runs")
+    spread = f"quartiles {low:.3f} to {high:.3f}, most {max(seconds[1:]):.3f}"
+    print(f"first {seconds[0]:.3f} s; then median {middle:.3f} s ({spread}) over {options.runs} runs")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ from exitify.version import __version__
 if TYPE_CHECKING:
     from exitify.artifact.artifact import Artifact as Artifact
     from exitify.artifact.manifest import InputContract as InputContract
-    from exitify.bench import bench as bench
+    from exitify.benchmark import bench as bench
     from exitify.calibration.calibrate import calibrate as calibrate
-    from exitify.capture import capture as capture
     from exitify.errors import ExitifyError as ExitifyError
-    from exitify.export.artifact import export as export
-    from exitify.export.static import export_static as export_static
     from exitify.models import load_model as load_model
+    from exitify.onnx_export.artifact import export as export
+    from exitify.onnx_export.static import export_static as export_static
+    from exitify.pipeline import transform as transform
     from exitify.plan import Plan as Plan
     from exitify.program import ExitOutputs as ExitOutputs
     from exitify.program import Program as Program
     from exitify.runtime.session import Answer as Answer
     from exitify.runtime.session import Session as Session
+    from exitify.tracing import capture as capture
     from exitify.train.heads import train_heads as train_heads
-    from exitify.transform import transform as transform
 
 _HOME = {
     "Answer": "exitify.runtime.session",
@@ -37,14 +37,14 @@ _HOME = {
     "Plan": "exitify.plan",
     "Program": "exitify.program",
     "Session": "exitify.runtime.session",
-    "bench": "exitify.bench",
+    "bench": "exitify.benchmark",
     "calibrate": "exitify.calibration.calibrate",
-    "capture": "exitify.capture",
-    "export": "exitify.export.artifact",
-    "export_static": "exitify.export.static",
+    "capture": "exitify.tracing",
+    "export": "exitify.onnx_export.artifact",
+    "export_static": "exitify.onnx_export.static",
     "load_model": "exitify.models",
     "train_heads": "exitify.train.heads",
-    "transform": "exitify.transform",
+    "transform": "exitify.pipeline",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from exitify.capture import capture
 from exitify.errors import PlanError
 from exitify.heads import HeadWithScores
 from exitify.passes.attach_heads import AttachHeads
@@ -16,6 +15,7 @@ from exitify.passes.choose_exits import ChooseExits, head_spec
 from exitify.passes.cut_segments import CutSegments
 from exitify.plan import Segment
 from exitify.program import HEADS, Program, carriers, compile_graph, extract
+from exitify.tracing import capture
 from tests.models import SHAPE, ZOO, warm_up
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-5

@@ -20,9 +20,9 @@ from torch import nn
 
 from exitify import models
 from exitify.artifact.manifest import InputContract, Preprocess
-from exitify.pictures import PRESETS, picture_to_input
 from exitify.errors import DataError, ModelError
 from exitify.models import load_model, parse_shape, read_weights
+from exitify.pictures import PRESETS, picture_to_input
 from tests.models import SHAPE, Plain
 
 BATCH = torch.export.Dim("batch", min=1, max=64)

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 import exitify
 from examples.digits.model import train_network
 from exitify.artifact.manifest import Preprocess
-from exitify.bench import BenchReport
+from exitify.benchmark import BenchReport
 from exitify.cli import tables
 from exitify.data import Samples, load_samples
 from exitify.train.heads import HeadTraining
@@ -35,7 +35,8 @@ CONTRACT = exitify.InputContract(
 def digits(folder: Path) -> dict[str, Samples]:
     """The pictures in three sets that share none: to train on, to calibrate on, to judge on."""
     scans = load_digits()
-    pictures = np.stack([np.asarray(Image.fromarray((scan * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)) for scan in scans.images])
+    bytes_ = (scans.images * 255 / 16).astype(np.uint8)
+    pictures = np.stack([np.asarray(Image.fromarray(scan).resize((32, 32), Image.Resampling.BICUBIC)) for scan in bytes_])
     order = np.random.default_rng(0).permutation(len(pictures))
     sets = {}
     for name, rows in zip(("train", "calibrate", "judge"), np.split(order, (900, 1350))):

@@ -305,7 +305,7 @@ def _text(value: int | bytes, where: str) -> str:
     try:
         return _message(value, where).decode()
     except UnicodeDecodeError as error:
-        raise MalformedManifest(f"{where} holds a name that is not UTF-8") from error
+        raise MalformedManifest(f"{where} holds a name that is not UTF-8", "get the artifact again") from error
 
 
 def _require(holds: bool, where: str, what: str) -> None:

@@ -44,7 +44,7 @@ def main() -> None:
     logging.basicConfig(format="exitify: warning: %(message)s", level=logging.WARNING)
     try:
         try:
-            app()
+            app(prog_name="exitify")
         finally:
             sys.stdout.flush()
     except ExitifyError as error:

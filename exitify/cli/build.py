@@ -45,7 +45,7 @@ def transform(
     import exitify
     from exitify.models import load_model, parse_shape
     from exitify.passes.choose_exits import ChooseExits
-    from exitify.transform import add_exits
+    from exitify.pipeline import add_exits
 
     _require_place(output)
     shape = parse_shape(input_shape) if input_shape else None
@@ -187,8 +187,8 @@ def export(
 ) -> None:
     """Write one static ONNX network: the whole one, or up to one exit."""
     from exitify.artifact.artifact import Artifact
-    from exitify.export.static import export_static, static_stretch
     from exitify.files import written_whole
+    from exitify.onnx_export.static import export_static, static_stretch
 
     _require_place(output)
     opened = Artifact.open(artifact)

@@ -11,7 +11,7 @@ from exitify.cli.show import millions, percent, table
 from exitify.plan import FINAL, Plan
 
 if TYPE_CHECKING:
-    from exitify.bench import BenchReport
+    from exitify.benchmark import BenchReport
     from exitify.passes.choose_exits import Considered
     from exitify.runtime.session import Answer
     from exitify.targets import Target

@@ -100,7 +100,7 @@ def bench(
 ) -> None:
     """Time the artifact against the same network without exits: same process, same threads, in turn."""
     from exitify.artifact.artifact import Artifact
-    from exitify.bench import bench as time_all
+    from exitify.benchmark import bench as time_all
     from exitify.data import load_samples
 
     opened = Artifact.open(artifact)

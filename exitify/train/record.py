@@ -45,7 +45,9 @@ class FeatureFile:
         """Bytes of a row: features in float16, logits in float32."""
         return 2 * sum(self.widths) + 4 * self.classes
 
-    def chunks(self, generator: np.random.Generator, size: int = ROWS_A_CHUNK) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, NDArray[np.integer]]]:
+    def chunks(
+        self, generator: np.random.Generator, size: int = ROWS_A_CHUNK
+    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, NDArray[np.integer]]]:
         """Yield features by exit, the network's logits, and which samples they are, in shuffled chunks with shuffled rows."""
         starts = np.arange(0, len(self.rows), size)
         generator.shuffle(starts)

@@ -22,7 +22,9 @@ TENSORS = {"b": np.arange(3, dtype=np.float32), "a.weight": np.arange(6, dtype=n
 FILE = write_tensors(TENSORS)
 
 arrays = st.sampled_from(DTYPES).flatmap(lambda dtype: st_numpy.arrays(dtype, st_numpy.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)))
-tensor_sets = st.dictionaries(st.text(max_size=12).filter(lambda name: name != "__metadata__" and not name.startswith(".padding.")), arrays, max_size=6)
+tensor_sets = st.dictionaries(
+    st.text(max_size=12).filter(lambda name: name != "__metadata__" and not name.startswith(".padding.")), arrays, max_size=6
+)
 
 
 def read(data: bytes) -> dict[str, np.ndarray]:
@@ -230,7 +232,9 @@ def test_bytes_hidden_in_the_padding_are_refused():
 # --- fuzz -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.integers(0, len(FILE) - 1), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, len(FILE)), st.binary(max_size=20))
+@given(
+    st.lists(st.tuples(st.integers(0, len(FILE) - 1), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, len(FILE)), st.binary(max_size=20)
+)
 def test_mutated_bytes_are_refused_or_hold_other_numbers_in_the_same_places(changes, at, inserted):
     data = bytearray(FILE)
     for position, byte in changes:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from exitify.capture import capture
 from exitify.errors import PlanError
 from exitify.heads import ExitHead
 from exitify.passes.attach_heads import AttachHeads
 from exitify.passes.choose_exits import ChooseExits
 from exitify.program import HEADS
+from exitify.tracing import capture
 from tests.helpers import captured, images
 from tests.models import CLASSES, ZOO, warm_up
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from exitify.capture import capture
 from exitify.passes.cost import example_input, node_costs, value_cost
 from exitify.plan import Cost, Value
+from exitify.tracing import capture
 from tests.helpers import captured, images, state
 from tests.models import CLASSES, ZOO
 

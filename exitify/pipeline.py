@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from exitify.capture import capture
 from exitify.passes.attach_heads import AttachHeads
 from exitify.passes.choose_exits import ChooseExits
 from exitify.passes.cut_segments import CutSegments
 from exitify.program import Program
+from exitify.tracing import capture
 
 
 def transform(model: nn.Module, example: torch.Tensor, *, exits: str | int = "auto", head: str = "auto", source: str = "") -> Program:

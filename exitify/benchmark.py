@@ -85,7 +85,7 @@ def bench(
     for name in against:
         if name not in AGAINST:
             raise ExitifyError(f"there is no contender {name!r}", f"there are {', '.join(AGAINST)}")
-        contenders[name] = _one_graph(artifact, threads) if name == "onnxruntime" else _in_torch(model, threads, name)
+        contenders[name] = one_graph(artifact, threads) if name == "onnxruntime" else _in_torch(model, threads, name)
     rows = np.random.default_rng(seed).permutation(len(samples))[:most]
     if len(rows) < 2:
         raise DataError(f"{len(rows)} samples are too few to time", "give a few hundred")
@@ -129,11 +129,11 @@ def _summary(name: str, values: NDArray[np.float64], first: NDArray[np.float64],
     return Timing(name, float(values.mean()), float(p50), float(p95), accuracy, float(middle), (float(low), float(high)))
 
 
-def _one_graph(artifact: Artifact, threads: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
+def one_graph(artifact: Artifact, threads: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
     """The network without exits as one ONNX graph in ONNX Runtime, buffers bound once: nothing of ours in its way."""
     import onnxruntime as ort
 
-    from exitify.export.static import export_static
+    from exitify.onnx_export.static import export_static
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from exitify.artifact.artifact import Artifact
-from exitify.bench import BenchReport, Timing, bench
+from exitify.benchmark import BenchReport, Timing, bench
 from exitify.errors import DataError, EngineError, ExitifyError, UnknownProfile
 from exitify.runtime.session import Answer, Session
 from tests import digits

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from exitify.capture import capture
 from exitify.errors import ModelError
 from exitify.program import Program
+from exitify.tracing import capture
 from tests.helpers import assert_close, captured, images, run_segments, state, with_exits
 from tests.models import CLASSES, SHAPE, ZOO, warm_up
 
@@ -205,7 +205,7 @@ class BranchesAtTheTop(Small):
 def test_control_flow_at_the_top_is_refused_with_its_line():
     with pytest.raises(ModelError, match=r"BranchesAtTheTop cannot be traced: .*control flow") as caught:
         capture(BranchesAtTheTop(), images())
-    assert re.search(r"test_capture\.py:\d+: if x\.mean\(\) > 0:\)$", caught.value.problem)
+    assert re.search(r"test_tracing\.py:\d+: if x\.mean\(\) > 0:\)$", caught.value.problem)
     assert "submodule of its own" in caught.value.hint
 
 
