@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
-from exitify.plan import HeadSpec
+from exitify.errors import PlanError
+from exitify.plan import Cost, HeadSpec, Value
 
 
 class ExitHead(nn.Module):
@@ -83,3 +87,39 @@ def _body(spec: HeadSpec) -> nn.Module:
 def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
+
+
+def head_spec(kind: str, value: Value, name: str, classes: int) -> HeadSpec:
+    """Return a head of this kind for a value.
+
+    Raises:
+        PlanError: no head reads a value of this shape.
+    """
+    layouts: dict[int, Literal["nchw", "tokens", "vector"]] = {3: "nchw", 2: "tokens", 1: "vector"}
+    shape = value.shape
+    shown = f"(N, {', '.join(map(str, shape))})"
+    if len(shape) not in layouts or value.dtype != "float32":
+        raise PlanError(f"cannot exit after {name!r}: its value is {value.dtype} {shown}, and a head reads float32 (N, C, H, W), (N, T, C) or (N, C)",
+                        "exit after a block of the network")  # fmt: skip
+    if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
+        raise PlanError(f"cannot exit after {name!r}: its value {shown} has its channels last, and a head reads (N, C, H, W)",
+                        "exit where the network has channels first")  # fmt: skip
+    layout = layouts[len(shape)]
+    if kind == "conv" and layout != "nchw":
+        raise PlanError(f"a conv head cannot read {name!r}, of shape {shown}", "`--head linear` or `--head mlp`")
+    channels = shape[0] if layout == "nchw" else shape[-1]
+    width = channels if kind == "linear" else 64 if classes <= 100 else 128 if kind == "conv" else 512
+    pool = max(1, round(min(shape[1:]) / 8)) if kind == "conv" else 1
+    assert kind in get_args(Literal["linear", "conv", "mlp"])
+    return HeadSpec(kind, layout, shape, pool, width, classes)  # type: ignore[arg-type]
+
+
+def head_cost(spec: HeadSpec) -> Cost:
+    """What a head costs, measured on one built from its spec without weights."""
+    with torch.device("meta"):
+        head = ExitHead(spec).eval()
+        value = torch.zeros(1, *spec.shape)
+    with FlopCounterMode(display=False) as counter:
+        head(value)
+    parameters = sum(parameter.numel() for parameter in head.parameters())
+    return Cost(counter.get_total_flops() // 2, parameters, 4 * (spec.width + spec.classes))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 from exitify.errors import PlanError
-from exitify.heads import ExitHead
+from exitify.heads import head_cost, head_spec
 from exitify.passes.base import Pass
-from exitify.passes.cost import example_input, node_costs, value_cost
+from exitify.passes.cost import node_costs, value_cost
 from exitify.passes.dataflow import cut_values, dataflow
-from exitify.plan import BOUNDARY_MACS, Cost, ExitPoint, HeadSpec, Value
+from exitify.plan import BOUNDARY_MACS, Cost, ExitPoint, HeadSpec
 from exitify.program import Program
 
 OVERHEAD_SHARE = 0.08
@@ -140,49 +140,6 @@ class ChooseExits(Pass):
             if head_cost(larger).macs <= HEAD_SHARE * full.macs:
                 return larger
         return spec
-
-
-def head_spec(kind: str, value: Value, name: str, classes: int) -> HeadSpec:
-    """Return a head of this kind for a value.
-
-    Raises:
-        PlanError: no head reads a value of this shape.
-    """
-    layouts: dict[int, Literal["nchw", "tokens", "vector"]] = {3: "nchw", 2: "tokens", 1: "vector"}
-    shape = value.shape
-    shown = f"(N, {', '.join(map(str, shape))})"
-    if len(shape) not in layouts or value.dtype != "float32":
-        raise PlanError(f"cannot exit after {name!r}: its value is {value.dtype} {shown}, and a head reads float32 (N, C, H, W), (N, T, C) or (N, C)",
-                        "exit after a block of the network")  # fmt: skip
-    if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
-        raise PlanError(f"cannot exit after {name!r}: its value {shown} has its channels last, and a head reads (N, C, H, W)",
-                        "exit where the network has channels first")  # fmt: skip
-    layout = layouts[len(shape)]
-    if kind == "conv" and layout != "nchw":
-        raise PlanError(f"a conv head cannot read {name!r}, of shape {shown}", "`--head linear` or `--head mlp`")
-    channels = shape[0] if layout == "nchw" else shape[-1]
-    width = channels if kind == "linear" else 64 if classes <= 100 else 128 if kind == "conv" else 512
-    pool = max(1, round(min(shape[1:]) / 8)) if kind == "conv" else 1
-    assert kind in get_args(Literal["linear", "conv", "mlp"])
-    return HeadSpec(kind, layout, shape, pool, width, classes)  # type: ignore[arg-type]
-
-
-def head_cost(spec: HeadSpec) -> Cost:
-    """What a head costs, measured on one built from its spec."""
-    return _head_costs(spec)
-
-
-def _head_costs(spec: HeadSpec) -> Cost:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        head = ExitHead(spec).eval()
-        value = example_input(Value(spec.shape, "float32"))
-    with FlopCounterMode(display=False) as counter:
-        head(value)
-    parameters = sum(parameter.numel() for parameter in head.parameters())
-    return Cost(counter.get_total_flops() // 2, parameters, 4 * (spec.width + spec.classes))
 
 
 def _evenly(candidates: list[str], shares: dict[str, float], count: int) -> list[str]:

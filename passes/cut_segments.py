@@ -8,8 +8,8 @@ from typing import ClassVar
 import networkx as nx
 
 from exitify.errors import PlanError
+from exitify.heads import head_cost
 from exitify.passes.base import Pass
-from exitify.passes.choose_exits import head_cost
 from exitify.passes.cost import node_costs
 from exitify.passes.dataflow import dataflow
 from exitify.plan import SCORES, Cost, Plan, Segment, Value

@@ -40,6 +40,9 @@ def exported(name: str) -> tuple[Program, Artifact]:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
                 if path.endswith("classifier.weight"):
                     parameter.mul_(8)
+            for buffer in program.buffers():
+                if buffer.is_floating_point():
+                    buffer.add_(torch.rand_like(buffer) * 0.1)
     return program, export(program)
 
 

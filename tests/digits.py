@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import exitify
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import ExitSetting, InputContract, Profile, Promise
-from exitify.data import Samples, load_samples, pixels_to_inputs
+from exitify.data import Samples, load_samples
 from exitify.models import LoadedModel, load_model
+from exitify.pictures import pixels_to_inputs
 from exitify.train.heads import HeadTraining, train_heads
 from tests.digits_net import DigitsNet
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from exitify.errors import PlanError
-from exitify.heads import HeadWithScores
+from exitify.heads import HeadWithScores, head_spec
 from exitify.passes.attach_heads import AttachHeads
-from exitify.passes.choose_exits import ChooseExits, head_spec
+from exitify.passes.choose_exits import ChooseExits
 from exitify.passes.cut_segments import CutSegments
 from exitify.plan import Segment
 from exitify.program import HEADS, Program, carriers, compile_graph, extract

@@ -143,6 +143,12 @@ def test_a_module_that_reads_its_mode_stays_one_node(name):
     assert {"block1", "block2"} <= set(targets(program)) if name == "stochastic" else "part" in targets(program)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_dropout_starts_in_the_models_mode(training):
+    program = capture(ZOO["dropout"]().train(training), images())
+    assert {program.get_submodule(name).training for name in ("traced_dropout", "traced_dropout2d")} == {training}
+
+
 def test_functional_dropout_follows_the_mode_and_adds_no_weights():
     model = warm_up(ZOO["dropout"]())
     program = capture(model, images())
@@ -242,7 +248,7 @@ def test_tensors_that_are_no_weights_come_along_and_the_model_gets_no_attribute(
 class ComputesMore(Small):
     def forward(self, x: torch.Tensor) -> Any:
         x = self.stem(x)
-        _unused = self.part(x)
+        _unused = self.part(x).relu()
         return self.fc(x.mean((2, 3)))
 
 

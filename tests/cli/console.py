@@ -20,6 +20,9 @@ from exitify.cli.app import main
 
 COMMAND = (sys.executable, "-m", "exitify")
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""An environment in which output is held back as users have it."""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -40,14 +43,17 @@ class Done:
 def exitify(*arguments: object, folder: Path) -> Done:
     """Run a command in this folder. What is no ExitifyError comes out as it is: a traceback is a bug."""
     out, err = io.StringIO(), io.StringIO()
-    with _folder(folder), _own_logging(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with mock.patch.object(sys, "argv", ["exitify", *map(str, arguments)]), mock.patch.object(sys, "excepthook", sys.excepthook):
-            try:
-                main()
-            except SystemExit as done:
-                code = done.code if isinstance(done.code, int) else 0
-            else:
-                code = 0
+    with contextlib.ExitStack() as stack:
+        for context in (_folder(folder), _own_logging(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            stack.enter_context(context)
+        stack.enter_context(mock.patch.object(sys, "argv", ["exitify", *map(str, arguments)]))
+        stack.enter_context(mock.patch.object(sys, "excepthook", sys.excepthook))  # typer sets its own
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else 0
+        else:
+            code = 0
     return Done(code, out.getvalue(), err.getvalue())
 
 

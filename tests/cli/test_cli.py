@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +23,11 @@ from torch import nn
 from exitify.artifact import container
 from exitify.artifact.artifact import WEIGHTS, Artifact
 from exitify.cli import app
-from exitify.data import pixels_to_inputs
+from exitify.pictures import pixels_to_inputs
 from exitify.runtime.session import Session
 from exitify.train import heads as training
 from tests import digits, digits_net
-from tests.cli.console import COMMAND, Done, contents, exitify, process
+from tests.cli.console import BUFFERED, COMMAND, Done, contents, exitify, process
 
 MODEL = ("digits_net:build", "--weights", "weights.safetensors")
 PLACES = ("--exits", "stage2,stage3", "--head", "conv")
@@ -79,7 +81,7 @@ def test_transform_writes_the_network_with_its_exits(journey: dict[str, Any], ma
     document, artifact = journey["transform"], Artifact.open(made / "fresh.exitify")
     assert document["output"] == "fresh.exitify"
     assert document["model_id"] == artifact.manifest.model_id
-    assert [(point["name"], point["place"]) for point in document["plan"]["exits"]] == [("exit1", "stage2.2"), ("exit2", "stage3.2")]
+    assert [(point["name"], point["place"]) for point in document["plan"]["exits"]] == [("exit1", "stage2"), ("exit2", "stage3")]
     assert document["considered"] == []
     assert artifact.manifest.model.source == "digits_net:build"
     assert artifact.manifest.input.classes == tuple(f"digit {i}" for i in range(10))
@@ -215,13 +217,25 @@ def test_auto_may_place_no_exit_and_says_why(made: Path, tmp_path: Path) -> None
 
 
 TABLES = {
-    "transform": (("transform", *MODEL, *PLACES, "-o", "OUT", "--why"), ("Exits of a network", "Places considered", "stage2.2", "Wrote")),
-    "train": (("train", "net.exitify", "--data", "train.npz", "--epochs", 1, "--copies", 1, "-o", "OUT"), ("best epoch", "Dropped the profiles default")),
-    "calibrate": (("calibrate", "trained.exitify", "--data", "calibration.npz", "--max-drop", 0.02, "-o", "OUT"), ("threshold", "Promise: drop of at most 2")),
+    "transform": (
+        ("transform", *MODEL, *PLACES, "-o", "OUT", "--why"),
+        ("Exits of a network", "Places considered", "stage3", "Wrote"),
+    ),
+    "train": (
+        ("train", "net.exitify", "--data", "train.npz", "--epochs", 1, "--copies", 1, "-o", "OUT"),
+        ("best epoch", "Dropped the profiles default"),
+    ),
+    "calibrate": (
+        ("calibrate", "trained.exitify", "--data", "calibration.npz", "--max-drop", 0.02, "-o", "OUT"),
+        ("threshold", "Promise: drop of at most 2 points: kept, on 500 samples"),
+    ),
     "run": (("run", "trained.exitify", "x.npy"), ("x.npy[19]", "digit ", "No profile is in use")),
-    "bench": (("bench", "net.exitify", "--data", "test.npz", "--samples", 20), ("20 samples, batch 1, 1 thread", "onnxruntime", "Left at: exit1")),
+    "bench": (
+        ("bench", "net.exitify", "--data", "test.npz", "--samples", 20),
+        ("20 samples, batch 1, 1 thread", "onnxruntime", "Left at: exit1"),
+    ),
     "export": (("export", "net.exitify", "-o", "OUT"), ("multiply-adds, 1.000 of the whole network",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("command", TABLES)
@@ -294,8 +308,8 @@ def shelf(workshop: Path, journey: dict[str, Any], tmp_path_factory: pytest.Temp
     np.savez(folder / "few.npz", x=digits_x[:20], y=digits_y[:20])
     np.savez(folder / "no_labels.npz", x=digits_x)
     (folder / "empty").mkdir()
-    (folder / "hollow" / "a").mkdir(parents=True)
-    (folder / "hollow" / "b").mkdir()
+    (folder / "hollow" / "digit 0").mkdir(parents=True)
+    (folder / "hollow" / "digit 1").mkdir()
     _bad_artifacts(folder)
     return folder
 
@@ -309,8 +323,6 @@ def _bad_artifacts(folder: Path) -> None:
         return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
 
     def rewritten(changed: dict[str, bytes]) -> bytes:
-        import io
-
         stream = io.BytesIO()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(container, "check_name", lambda _name: None)  # as a stranger's program would write it
@@ -369,7 +381,7 @@ BAD = {
     "no labels": (("train", "fresh.exitify", "--data", "no_labels.npz"), "has no x and y"),
     "missing data": (("train", "fresh.exitify", "--data", "nothere"), "there is no nothere"),
     "empty data folder": (("train", "fresh.exitify", "--data", "empty"), "empty has no sub-folders"),
-    "hollow data folder": (("train", "fresh.exitify", "--data", "hollow"), "hollow/a holds no pictures"),
+    "hollow data folder": (("train", "fresh.exitify", "--data", "hollow"), "hollow/digit 0 holds no pictures"),
     "unknown augmentation": (("train", "fresh.exitify", *DATA, "--augment", "flip"), "no augmentation 'flip'"),
     "train to nowhere": (("train", "fresh.exitify", *DATA, "-o", "nowhere/out.exitify"), "there is no folder nowhere"),
     "train a missing artifact": (("train", "nothere.exitify", *DATA), r"cannot open nothere\.exitify"),
@@ -385,13 +397,19 @@ BAD = {
     "infinite budget": (("calibrate", "trained.exitify", *DATA, "--budget-macs", "inf"), "--budget-macs inf is no share"),
     "too few to prove": (("calibrate", "trained.exitify", *DATA, "--risk", "0.001@0.99"), "500 samples cannot prove a disagreement"),
     "unknown policy": (("calibrate", "trained.exitify", *DATA, "--max-drop", 0.01, "--policy", "entropy"), "no policy 'entropy'"),
-    "profile that leaves the folder": (("calibrate", "trained.exitify", *DATA, "--max-drop", 0.01, "--profile", "../up"), r"cannot be called '\.\./up'"),
+    "profile that leaves the folder": (
+        ("calibrate", "trained.exitify", *DATA, "--max-drop", 0.01, "--profile", "../up"),
+        r"cannot be called '\.\./up'",
+    ),
     "one class to calibrate": (("calibrate", "trained.exitify", "--data", "one_class.npz", "--max-drop", 0.01), "samples of 1 class"),
     "too few to calibrate": (("calibrate", "trained.exitify", "--data", "few.npz", "--max-drop", 0.01), "20 samples are too few"),
     "empty folder to calibrate": (("calibrate", "trained.exitify", "--data", "empty", "--max-drop", 0.01), "empty has no sub-folders"),
     "calibrate to nowhere": (("calibrate", "trained.exitify", *DATA, "--max-drop", 0.01, "-o", "nowhere/out"), "there is no folder nowhere"),
     # run
-    "input of another shape": (("run", "net.exitify", "wrong_shape.npy"), r"the input has shape \(1, 2, 8, 8\), and the network reads \(N, 1, 16, 16\)"),
+    "input of another shape": (
+        ("run", "net.exitify", "wrong_shape.npy"),
+        r"the input has shape \(1, 2, 8, 8\), and the network reads \(N, 1, 16, 16\)",
+    ),
     "inputs of another size": (("run", "net.exitify", "wrong_sides.npy"), r"shape \(1, 1, 8, 8\), and the network reads \(N, 1, 16, 16\)"),
     "NaN": (("run", "net.exitify", "nan.npy"), r"the input holds nan at \(0, 0, 4, 13\)"),
     "NaN in a batch": (("run", "net.exitify", "nan.npy", "--batch", 4), "the input holds nan at"),
@@ -519,7 +537,9 @@ def test_an_interrupted_command_says_so_and_exits_with_one(made: Path, monkeypat
     refused(exitify("inspect", "net.exitify", folder=made), "interrupted; nothing was changed")
 
 
-def test_an_interrupted_training_leaves_the_artifact_and_goes_on_to_the_same_bytes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_leaves_the_artifact_and_goes_on_to_the_same_bytes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(tmp_path)
     shutil.copy(made / "fresh.exitify", tmp_path / "net.exitify")
     train_epoch: Callable[..., None] = training._train_epoch
@@ -548,34 +568,32 @@ def test_a_work_folder_of_the_users_own_is_left(made: Path, tmp_path: Path) -> N
     assert list((tmp_path / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize("extra", [(), ("--json",)], ids=["table", "json"])
-@pytest.mark.parametrize("reads", [0, 1], ids=["nobody reads", "someone reads a line"])
-def test_closing_the_output_early_is_no_error(made: Path, extra: tuple[str, ...], reads: int) -> None:
-    """`exitify run … | head -1`, and a reader that is gone before the first byte. The output is larger than a pipe holds."""
-    import subprocess
+LARGE = ("run", "net.exitify", *["x.npy"] * 60)
+"""Its output is larger than a pipe holds."""
 
-    several = [argument for _ in range(60 if extra else 150) for argument in ["x.npy"]]
-    with subprocess.Popen(
-        [*COMMAND, "run", "net.exitify", *several, *extra], cwd=made, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
+
+@pytest.mark.parametrize("extra", [(), ("--json",)], ids=["table", "json"])
+def test_closing_the_output_early_is_no_error(made: Path, extra: tuple[str, ...]) -> None:
+    """As `exitify run … | head -1` does."""
+    command = [*COMMAND, *LARGE, *extra]
+    with subprocess.Popen(command, cwd=made, env=BUFFERED, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         assert running.stderr is not None
-        if reads:
-            running.stdout.read(10)
+        assert len(running.stdout.read(10)) == 10
         running.stdout.close()
-        err = running.stderr.read()
+        assert running.stderr.read() == ""
         assert running.wait(60) in (0, 1)
-    assert err == ""
 
 
-def test_output_that_fits_into_a_pipe_is_no_error_either(made: Path) -> None:
-    """It is flushed at the very end, where Python itself would complain."""
+@pytest.mark.parametrize("arguments", [("export", "net.exitify", "-o", "static.onnx"), ("run", "net.exitify", "picture.png")], ids=["print", "table"])
+def test_output_that_nobody_reads_is_no_error(made: Path, arguments: tuple[str, ...]) -> None:
+    """So little that it is flushed at the very end, where Python itself would complain."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    import subprocess
-
     try:
-        done = subprocess.run([*COMMAND, "run", "net.exitify", "picture.png"], cwd=made, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [*COMMAND, *arguments], cwd=made, env=BUFFERED, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
     finally:
         os.close(write_end)
     assert done.stderr == ""
@@ -586,8 +604,6 @@ def test_the_console_script_is_the_same_command(made: Path) -> None:
     script = Path(sys.executable).with_name("exitify")
     if not script.exists():
         pytest.skip(f"{script} is not installed: pip install -e .")
-    import subprocess
-
     done = subprocess.run([script, "run", "net.exitify", "x.npy", "--json"], cwd=made, capture_output=True, text=True, timeout=60, check=False)
     labels = [answer["label"] for answer in Done(done.returncode, done.stdout, done.stderr).document["answers"]]
     session = Session.load(made / "net.exitify")

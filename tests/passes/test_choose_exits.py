@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from exitify.errors import PlanError
+from exitify.heads import head_cost, head_spec
 from exitify.passes.attach_heads import AttachHeads
-from exitify.passes.choose_exits import BOUNDARY_MACS, HEAD_SHARE, MOST_EXITS, OVERHEAD_SHARE, ChooseExits, head_cost, head_spec
+from exitify.passes.choose_exits import HEAD_SHARE, MOST_EXITS, OVERHEAD_SHARE, ChooseExits
 from exitify.passes.cost import node_costs, value_cost
 from exitify.passes.dataflow import cut_values, dataflow
-from exitify.plan import Cost, ExitPoint, HeadSpec, Value
+from exitify.plan import BOUNDARY_MACS, Cost, ExitPoint, HeadSpec, Value
 from exitify.program import Program, extract
 from exitify.tracing import capture
 from tests.helpers import captured

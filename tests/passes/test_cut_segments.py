@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exitify.errors import PlanError
+from exitify.heads import head_cost
 from exitify.passes.attach_heads import AttachHeads
-from exitify.passes.choose_exits import ChooseExits, head_cost
+from exitify.passes.choose_exits import ChooseExits
 from exitify.passes.cost import node_costs, value_cost
 from exitify.passes.cut_segments import CutSegments
 from exitify.plan import Cost, Plan

@@ -251,7 +251,7 @@ def test_every_row_comes_once_and_in_another_order_each_epoch(recorded: FeatureF
     (features, _, rows), (other_features, _, other_rows) = read(recorded, seed=0), read(recorded, seed=1)
     assert sorted(rows) == sorted(other_rows) == sorted(recorded.rows)
     assert rows.tolist() != other_rows.tolist()
-    back = {row: feature for row, feature in zip(other_rows, other_features[1], strict=True)}
+    back = dict(zip(other_rows, other_features[1], strict=True))
     assert all(np.array_equal(feature, back[row]) for row, feature in zip(rows, features[1], strict=True))
 
 
@@ -263,7 +263,7 @@ def test_a_feature_file_has_the_size_it_names(recorded: FeatureFile) -> None:
 def test_a_file_that_cannot_be_written_is_named_with_the_space_it_needs(tmp_path: Path) -> None:
     file = FeatureFile(tmp_path / "missing" / "file", np.arange(10), (32 * 64, 64 * 64), 10)
     heads = load_heads(digits.fresh_artifact())
-    with pytest.raises(DataError, match="cannot write .*missing/file: No such file") as caught:
+    with pytest.raises(DataError, match=r"cannot write .*missing/file: No such file") as caught:
         record(digits.fresh_artifact(), heads, digits.samples_of("train"), file, "none", seed=0, threads=1, progress=lambda *_: None)
     assert "GiB" in caught.value.hint
 
