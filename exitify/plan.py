@@ -20,8 +20,12 @@ FINAL = "final"
 SCORES = ("top1", "entropy", "margin", "renyi_entropy")
 """What a head's `scores` holds, in order: largest probability, entropy (nats), gap between the two largest, entropy of p²/Σp²."""
 
-BOUNDARY_MACS = 1_000_000
-"""What deciding at an exit costs beside its head's multiply-adds, as multiply-adds: 25 µs at 40 GMAC/s, one x86 core (docs/measurements.md)."""
+BOUNDARY_MACS = 2_000_000
+"""What an exit costs beside its head's multiply-adds, as multiply-adds: 40 µs at 50 GMAC/s, one x86 core.
+
+A third of it is the boundary, an engine call and tensors that leave it; the rest is the head's many small operators,
+which take longer than their multiply-adds say (docs/measurements.md).
+"""
 
 
 @dataclass(frozen=True)

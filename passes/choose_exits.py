@@ -14,11 +14,11 @@ from exitify.passes.dataflow import cut_values, dataflow
 from exitify.plan import BOUNDARY_MACS, Cost, ExitPoint, HeadSpec
 from exitify.program import Program
 
-OVERHEAD_SHARE = 0.08
+OVERHEAD_SHARE = 0.12
 """`auto` places as many exits as heads and boundaries together may add to a run that takes none of them, …"""
 
 MOST_EXITS = 6
-"""… but no more than these."""
+"""… but no more than these. Calibration switches off those that do not pay; they then cost nothing."""
 
 HEAD_SHARE = 0.02
 """A convolutional head may cost this share of the network; where it would cost more, the head is linear."""

@@ -29,6 +29,8 @@ SOURCES = {
 }
 """Where the files that tests marked `data` read come from."""
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads that wait for each other made the tests ten times slower
+
 # Machines are slow and shared: an example that takes a second is no failure. The seed is the test's own (derandomize).
 settings.register_profile("exitify", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("exitify")

@@ -7,7 +7,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,7 +63,7 @@ class Artifact:
     """
 
     manifest: Manifest
-    files: Mapping[str, Buffer]
+    files: Mapping[str, Buffer] = field(repr=False)
 
     @property
     def plan(self) -> Plan:

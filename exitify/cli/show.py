@@ -17,7 +17,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", header_style="bold")
+    grid = Table(header_style="bold")
     for i, name in enumerate(columns):
         cells = [str(row[i]) for row in rows]
         numeric = all(cell[:1].isdigit() or cell[:1] in "+-−." for cell in cells if cell)
@@ -25,7 +25,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
     width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False).print(grid)
+    console = Console(width=width, highlight=False)
+    if title:
+        console.print(title, markup=False)
+    console.print(grid)
 
 
 def as_json(document: Any) -> None:

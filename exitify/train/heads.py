@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -106,7 +108,8 @@ def train_heads(
         order = np.random.default_rng((options.seed, copy_number)).permutation(train_rows)
         files.append(training.file(f"train-{copy_number}", order, how, options.seed + 1 + copy_number))
     validation = training.file("validation", validation_rows, "none", 0)
-    best, reports = _fit(artifact, heads, files, validation, samples.labels, options, folder / "checkpoint.pt", progress)
+    with _torch_threads(threads):
+        best, reports = _fit(artifact, heads, files, validation, samples.labels, options, folder / "checkpoint.pt", progress)
     tensors = {f"{HEADS_MODULE}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
     kept = {path: data for path, data in artifact.files.items() if not path.startswith("profiles/")}
     trained = build_artifact(replace(artifact.manifest, heads_trained=True), {**kept, HEADS: write_tensors(tensors)})
@@ -114,6 +117,16 @@ def train_heads(
     if work is None and not any(folder.parent.iterdir()):
         folder.parent.rmdir()
     return trained, reports
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_heads(artifact: Artifact) -> dict[str, ExitHead]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,21 @@ def test_torchs_own_generator_decides_nothing(tmp_path: Path, undisturbed: tuple
     assert content(trained) == content(undisturbed[0])
 
 
+def test_torchs_threads_are_put_back_also_after_an_interruption(tmp_path: Path) -> None:
+    before, during = torch.get_num_threads(), []
+
+    def progress(text: str, done: int, _total: int) -> None:
+        if text == "training heads":
+            during.append(torch.get_num_threads())
+            if done == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_heads(digits.fresh_artifact(), digits.samples_of("train"), QUICK, work=tmp_path, threads=before + 1, progress=progress)
+    assert during == [before + 1] * 2
+    assert torch.get_num_threads() == before
+
+
 # --- interrupted
 
 
@@ -253,6 +268,22 @@ def test_every_row_comes_once_and_in_another_order_each_epoch(recorded: FeatureF
     assert rows.tolist() != other_rows.tolist()
     back = dict(zip(other_rows, other_features[1], strict=True))
     assert all(np.array_equal(feature, back[row]) for row, feature in zip(rows, features[1], strict=True))
+
+
+def test_each_epoch_reads_the_next_copy_in_an_order_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, orders = FeatureFile.chunks, []
+
+    def spy(file: FeatureFile, generator: np.random.Generator, *size: int) -> Iterator[tuple[Any, ...]]:
+        for chunk in chunks(file, generator, *size):
+            orders.append((file.path.stem, chunk[2].tolist()))
+            yield chunk
+
+    monkeypatch.setattr(FeatureFile, "chunks", spy)
+    train(tmp_path, HeadTraining(epochs=4, copies=2, batch=250))
+    trained_on = [(name, rows) for name, rows in orders if name != "validation"]
+    assert [name for name, _ in trained_on] == ["train-0", "train-1", "train-0", "train-1"]
+    assert len({tuple(rows) for _, rows in trained_on}) == 4
+    assert len({tuple(sorted(rows)) for _, rows in trained_on}) == 1
 
 
 def test_a_feature_file_has_the_size_it_names(recorded: FeatureFile) -> None:
