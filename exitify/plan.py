@@ -220,7 +220,12 @@ class Plan:
 
         Reaching an exit costs the least it can: a stretch holds what its exit needs that is not computed yet, and
         boundaries at exits that are not enabled vanish.
+
+        Raises:
+            PlanError: an exit that the plan does not have.
         """
+        for name in set(enabled) - set(self.exit_names):
+            self.exit(name)  # there is none of that name: refused, not ignored
         goals: list[tuple[str, tuple[str, ...]]] = [
             (point.name, (point.logits, point.features, point.scores)) for point in self.exits if point.name in enabled
         ]

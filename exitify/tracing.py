@@ -6,9 +6,13 @@ import copy
 import functools
 import logging
 import os
+import random
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn import functional
@@ -303,13 +307,27 @@ def _check_train_mode(model: nn.Module, program: Program, example: torch.Tensor)
     x = torch.cat([_with_batch(example, 2), torch.randn_like(_with_batch(example, 2))]) if example.is_floating_point() else _with_batch(example, 4)
     answers = []
     for module in (original, functools.partial(captured, all_exits=False)):
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with _seeded(), torch.no_grad():
             answers.append(module(x))
     if isinstance(answers[0], torch.Tensor):
         _require_same(answers[1], answers[0], "train()")
     else:
         raise ModelError("the model returns something else in train() than in eval()", "build it without auxiliary outputs (aux_logits=False)")
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """All generators from which a model may draw, at their starts; afterwards where they were."""
+    drawn, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(numbers)
 
 
 def _require_same(got: torch.Tensor, expected: torch.Tensor, where: str) -> None:

@@ -296,3 +296,8 @@ def test_the_size_of_a_value_is_that_of_one_sample(dtype, size):
 
 def test_costs_add_up_item_by_item():
     assert Cost(1, 20, 300) + Cost(4, 50, 600) == Cost(5, 70, 900)
+
+
+def test_an_exit_that_the_plan_does_not_have_is_refused_rather_than_ignored():
+    with pytest.raises(PlanError, match="there is no exit 'exit9'"):
+        hand_plan().stretches(("exit9",))

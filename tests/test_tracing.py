@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -489,3 +490,37 @@ def test_a_trained_network_keeps_its_accuracy_and_its_first_exit_reads_real_feat
     assert torch.equal(got, model(x))
     # The weights' card says 91.73 % on all 10,000 test images; four standard errors of 200 images are 8 points.
     assert (got.argmax(1) == y).float().mean() > 0.83
+
+
+class DropsBlocksByPythonsRandom(nn.Module):
+    """Stochastic depth as some networks draw it: not from torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.block = SkipsAtRandom()
+        self.classifier = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.classifier(self.block(self.convolution(x)).mean(dim=(2, 3)))
+
+
+class SkipsAtRandom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        if self.training and (random.random() < 0.5 or np.random.rand() < 0.5):
+            return x
+        return x + self.inner(x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_depth_drawn_from_pythons_or_numpys_generator_is_captured(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    before = random.getstate()
+    program = capture(DropsBlocksByPythonsRandom(), images())
+    assert random.getstate() == before
+    assert program.training

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from exitify.cli import show, tables
-from exitify.errors import DataError, ExitifyError
+from exitify.errors import ExitifyError
 from exitify.files import NotWritten
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,6 @@ def transform(
         log.warning("%s has random weights; give its trained ones with --weights", model)
     torch.manual_seed(seed)
     captured = exitify.capture(loaded.module, loaded.example, source=loaded.source)
-    scores = captured.values[captured.plan.output].shape[-1]
-    if loaded.contract.classes and len(loaded.contract.classes) != scores:
-        raise DataError(f"{len(loaded.contract.classes)} classes are named, and the network has {scores}", "name them all in order: --classes A,B,…")
     program = add_exits(captured, exits=exits, head=head)
     artifact = exitify.export(program, contract=loaded.contract, heads_trained=False)
     artifact.save(output)

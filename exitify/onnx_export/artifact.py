@@ -23,11 +23,11 @@ from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, build_artifact, 
 from exitify.artifact.manifest import FORMAT, InputContract, Manifest, ModelOrigin
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET
 from exitify.artifact.tensors import tensor_spans, write_tensors
-from exitify.errors import ModelError
+from exitify.errors import DataError, ModelError
 from exitify.heads import HeadWithScores
 from exitify.passes.cost import example_input
 from exitify.passes.cut_segments import CutSegments
-from exitify.plan import Segment, Value
+from exitify.plan import Plan, Segment, Value
 from exitify.program import HEADS as HEADS_MODULE
 from exitify.program import Program, copy_graph, in_mode
 from exitify.runtime.session import Session
@@ -48,6 +48,7 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
         heads_trained: False for fresh heads, which `exitify.train_heads` must train before anyone calibrates.
 
     Raises:
+        DataError: the contract is another network's.
         ModelError: an operation has no ONNX form, or the exported network does not compute what the program does.
     """
     if not program.plan.segments:
@@ -56,6 +57,7 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     contract = contract or InputContract(
         shape=program.values[program.plan.input].shape, color="L" if program.values[program.plan.input].shape[0] == 1 else "RGB"
     )
+    _check_contract(contract, program.plan)
     with in_mode(program, training=False):
         network = _whole_network(program)
     cut = _Cut(network, program)
@@ -78,6 +80,18 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     artifact = build_artifact(manifest, files)
     _compare(artifact, program)
     return artifact
+
+
+def _check_contract(contract: InputContract, plan: Plan) -> None:
+    contract.check()
+    value = plan.values[plan.input]
+    if (contract.shape, contract.dtype) != (value.shape, value.dtype):
+        raise DataError(
+            f"the contract says {contract.dtype} {contract.shape}, and the network reads {value.dtype} {value.shape}",
+            "give the shape without the batch",
+        )
+    if contract.classes and len(contract.classes) != plan.classes:
+        raise DataError(f"{len(contract.classes)} classes are named, and the network has {plan.classes}", "name them all in order: --classes A,B,…")
 
 
 def _refuse_other_dtypes(program: Program) -> None:

@@ -279,6 +279,7 @@ def test_huge_numbers_in_the_directory_are_refused_before_anything_is_allocated(
     greatest = 0xFFFFFFFF
     cases = {
         with_record(GOLDEN, 0, stored=greatest, size=greatest): "the files have no more bytes than the whole",
+        with_record(GOLDEN, 1, stored=len(GOLDEN) - 2, size=len(GOLDEN) - 2): "the files have no more bytes than the whole",
         with_end(GOLDEN, count=MOST_FILES, here=MOST_FILES): "every record of the directory is whole",
         with_end(GOLDEN, count=0xFFFF, here=0xFFFF): "there are at most 4096 files",
         with_end(GOLDEN, size=greatest): "the directory ends where the end record begins",

@@ -151,6 +151,14 @@ def test_the_standard_domain_has_two_spellings():
     assert parse(model.SerializeToString(), "small.onnx").made.keys() == {"h", "y"}
 
 
+def test_an_initializer_inside_may_say_so():
+    model = small_model()
+    inside = numpy_helper.from_array(np.ones(4, np.float32), "w")
+    inside.data_location = TensorProto.DEFAULT
+    model.graph.initializer[0].CopyFrom(inside)
+    assert parse(model.SerializeToString(), "small.onnx").external == {}
+
+
 def set_field(path: str, value: object) -> Callable[[ModelProto], None]:
     def change(model: ModelProto) -> None:
         *owners, last = path.split(".")
