@@ -238,7 +238,7 @@ def _check_plan(artifact: Artifact) -> None:
         raise MalformedManifest(f"the plan has {len(heads)} heads for {len(plan.exits)} exits", _AGAIN)
     for stretch in plan.stretches(plan.exit_names):
         if not stretch.segments:
-            raise MalformedManifest(f"the plan's exit {stretch.exit!r} comes before one that it needs", _AGAIN)
+            raise MalformedManifest(f"in the plan nothing is left to run for exit {stretch.exit!r}: one before it needs it", _AGAIN)
     value = plan.values[plan.input]
     if (value.shape, value.dtype) != (artifact.manifest.input.shape, artifact.manifest.input.dtype):
         raise MalformedManifest("the input contract and the plan describe different inputs", _AGAIN)

@@ -146,11 +146,12 @@ def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: st
     """The cheapest thresholds whose accuracy, judged on samples they were not found on, falls by no more than `max_drop`.
 
     A search over thresholds flatters itself on its own samples (here by 0.4 points), so each fold is judged with the
-    thresholds that the others would have chosen at the same price of errors, and the price is chosen by that.
+    thresholds that the others would have chosen at the same price of errors, and the price is chosen by that: the
+    last one before an estimate is above the limit, since the cheapest of all below it would be below it by luck.
     """
     path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
-    kept = np.flatnonzero(held_out.drop <= max_drop)  # never empty: without an exit nothing drops
-    best = int(kept[held_out.cost[kept].argmin()])
+    broken = np.flatnonzero(held_out.drop > max_drop)  # never the first step: without an exit nothing drops
+    best = int(broken[0]) - 1 if len(broken) else len(path) - 1
     note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {held_out.drop_error[best] * 100:.2f} points."
     return _settled(path[best], temperatures, held_out, best, Promise("max-drop", max_drop, 0.0, True, len(outputs.labels), 0, 0, 0, 0, note))
 

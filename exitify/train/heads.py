@@ -42,8 +42,8 @@ class HeadTraining:
     validation: Share of the samples set aside to choose each head's best epoch; they are recorded without augmentation.
     """
 
-    epochs: int = 10
-    copies: int = 3
+    epochs: int = 20
+    copies: int = 4
     augmentation: str = "auto"
     distillation: float = 0.9
     softening: float = 3.0

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
@@ -516,10 +517,11 @@ def test_switching_profiles_while_other_threads_run_never_mixes_them():
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
         worker.start()
-    for _ in range(60):
-        for profile in ("early", "late"):
-            session.use(profile)
-            session.run(x)
+    rounds, deadline = 0, time.monotonic() + 60
+    while rounds < 60 or (len(seen) < 2 and time.monotonic() < deadline):
+        session.use(("early", "late")[rounds % 2])
+        session.run(x)
+        rounds += 1
     stop.set()
     for worker in workers:
         worker.join()
@@ -538,6 +540,17 @@ def test_a_stretch_is_prepared_once(monkeypatch):
     for profile in (None, "default", None, "default"):
         session.use(profile)
     assert len(opened) == len(set(opened)) == 2
+
+
+def test_stretches_of_the_same_segments_with_other_outputs_are_two():
+    _, artifact = exported("identity")
+    engine = engines.make_engine("onnxruntime", artifact, 1)
+    stretch = artifact.plan.stretches(("exit1",))[0]
+    given = {artifact.plan.input: inputs(1), **{name: np.ascontiguousarray(tensor) for name, tensor in artifact.tensors(HEADS).items()}}
+    given["exit_heads.exit1.temperature"] = np.array(1, np.float32)
+    reads = {name: given[name] for name in (*stretch.inputs, *stretch.parameters)}
+    for outputs in (("exit1.logits",), stretch.outputs):
+        assert tuple(engine.prepare(replace(stretch, outputs=outputs))(reads)) == outputs
 
 
 # --- input ----------------------------------------------------------------------------------------------------------
