@@ -1,6 +1,6 @@
 """What a cut costs: the network in 1, 2, 4, … pieces without heads, and a session with no exit enabled, against one graph.
 
-    python benchmarks/boundaries.py r56.exitify
+    python -m benchmarks.boundaries r56.exitify
 
 One graph is the same network exported as one ONNX file, in ONNX Runtime with buffers bound once. Each contender is loaded
 several times (where its weights land in memory moves a run by a percent), all run in turn, one thread, batch 1; every
@@ -59,10 +59,9 @@ def main() -> None:
     artifact = Artifact.open(options.artifact)
     trunks = sum(segment.kind == "trunk" for segment in artifact.plan.segments)
     counts = sorted({1, 2, 4, trunks} & set(range(1, trunks + 1)))
-    bare = Artifact(artifact.manifest, {path: data for path, data in artifact.files.items() if not path.startswith("profiles/")})
     makers: dict[str, Callable[[], Callable[[np.ndarray], object]]] = {
         "one graph": lambda: one_graph(artifact, 1),
-        "session, no exit enabled": lambda: Session(bare).run,
+        "session, no exit enabled": lambda: Session(artifact, profile="none").run,
         **{f"{count} pieces": (lambda count=count: in_pieces(artifact, count)) for count in counts},
     }
     x = np.random.default_rng(0).standard_normal((1, *artifact.manifest.input.shape)).astype(np.float32)

@@ -1,6 +1,6 @@
 """ResNet-56 on CIFAR-10: calibrated on one half of the test images, judged on the other, over 20 splits.
 
-    python benchmarks/cifar_splits.py r56.exitify --max-drop 0.005
+    python -m benchmarks.cifar_splits r56.exitify --max-drop 0.005
 
 Prints the drop of accuracy (with its paired standard error over splits), the mean multiply-adds with heads counted, and
 wall-clock against the same network as one ONNX graph in ONNX Runtime (batch 1, one thread, same process, in turn).

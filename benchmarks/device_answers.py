@@ -1,6 +1,6 @@
 """Answers of `exitify run` in an environment without torch against torch's own, on picture files and on arrays.
 
-    python benchmarks/device_answers.py r56.exitify --python /path/to/device/python --images 200
+    python -m benchmarks.device_answers r56.exitify --python /path/to/device/python --images 200
 
 torch runs the original ResNet-56 on its own preparation of the same pixels. With `--profile` an early exit may answer:
 then its label is compared with that of the same exit, recomputed in this process.
@@ -47,7 +47,7 @@ def main() -> None:
             Image.fromarray(pixels).save(path)
         np.save(Path(folder) / "ready.npy", x.numpy())
         for name, inputs in (("picture files", [str(path) for path in files]), ("arrays", [str(Path(folder) / "ready.npy")])):
-            for profile in ("", "default"):
+            for profile in ("none", "default"):
                 compare(options, name, inputs, profile, x.numpy(), expected)
     session = Session.load(options.artifact)
     one = [session.run(row) for row in x.numpy()]
@@ -59,27 +59,18 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, name: str, inputs: list[str], profile: str, x: np.ndarray, expected: np.ndarray) -> None:
     """Run the command in the other environment; print how its answers compare."""
-    artifact = options.artifact
-    with tempfile.TemporaryDirectory() as folder:
-        if not profile:  # the network's own answer: the artifact without its profiles
-            from exitify.artifact.artifact import Artifact, build_artifact
-
-            opened = Artifact.open(artifact)
-            bare = {path: data for path, data in opened.files.items() if not path.startswith("profiles/")}
-            artifact = build_artifact(opened.manifest, bare).save(Path(folder) / "bare.exitify")
-        command = [options.python, "-m", "exitify", "run", str(artifact), *inputs, "--json"]
-        answers = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["answers"]
-        logits = np.array([answer["logits"] for answer in answers])
-        if not profile:
-            gap = np.abs(logits - expected).max()
-            agree = (logits.argmax(1) == expected.argmax(1)).sum()
-            print(f"{name}, no exit: {agree} of {len(expected)} labels as torch's, logits within {gap:.1e}")
-            return
-        session = Session.load(artifact, profile=profile)
-        here = [session.run(row) for row in x]
-        agree = sum(a["label"] == b.label and a["exit"] == b.exit for a, b in zip(answers, here))
-        gap = max(np.abs(np.array(a["logits"]) - b.logits).max() for a, b in zip(answers, here))
-        print(f"{name}, profile {profile!r}: {agree} of {len(here)} labels and exits as in this process, logits within {gap:.1e}")
+    command = [options.python, "-m", "exitify", "run", str(options.artifact), *inputs, "--profile", profile, "--json"]
+    answers = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["answers"]
+    logits = np.array([answer["logits"] for answer in answers])
+    if profile == "none":
+        agree = (logits.argmax(1) == expected.argmax(1)).sum()
+        print(f"{name}, no exit: {agree} of {len(expected)} labels as torch's, logits within {np.abs(logits - expected).max():.1e}")
+        return
+    session = Session.load(options.artifact, profile=profile)
+    here = [session.run(row) for row in x]
+    agree = sum(a["label"] == b.label and a["exit"] == b.exit for a, b in zip(answers, here))
+    gap = max(np.abs(np.array(a["logits"]) - b.logits).max() for a, b in zip(answers, here))
+    print(f"{name}, profile {profile!r}: {agree} of {len(here)} labels and exits as in this process, logits within {gap:.1e}")
 
 
 if __name__ == "__main__":

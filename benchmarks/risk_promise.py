@@ -1,6 +1,6 @@
 """Does `--risk 0.02@0.95` hold? Calibration sets drawn with replacement, each judged against the whole recorded population.
 
-    python benchmarks/risk_promise.py r56.exitify --rate 0.02 --confidence 0.95
+    python -m benchmarks.risk_promise r56.exitify --rate 0.02 --confidence 0.95
 
 The population is the 5,000 test images of $EXITIFY_DATA/cifar10.npz: its disagreement under given thresholds is known
 exactly, so a promise either holds or does not (a held-out half would be a sample itself).

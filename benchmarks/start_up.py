@@ -1,6 +1,6 @@
 """How long from process start to the first answer, in an environment without torch and tvm.
 
-    python benchmarks/start_up.py r56.exitify picture.png --python /path/to/device/python
+    python -m benchmarks.start_up r56.exitify picture.png --python /path/to/device/python
 
 Runs `exitify run` as a process of its own, again and again; the first run, which fills the disk cache, is named apart.
 """

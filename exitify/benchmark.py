@@ -15,6 +15,7 @@ from exitify.artifact.artifact import Artifact
 from exitify.data import Samples
 from exitify.errors import DataError, ExitifyError
 from exitify.progress import Progress, silent
+from exitify.runtime.engines import make_engine
 from exitify.runtime.session import Session
 
 AGAINST = ("onnxruntime", "torch", "inductor")
@@ -85,7 +86,7 @@ def bench(
     for name in against:
         if name not in AGAINST:
             raise ExitifyError(f"there is no contender {name!r}", f"there are {', '.join(AGAINST)}")
-        contenders[name] = one_graph(artifact, threads) if name == "onnxruntime" else _in_torch(model, threads, name)
+        contenders[name] = one_graph(artifact, threads, engine) if name == "onnxruntime" else _in_torch(model, threads, name)
     rows = np.random.default_rng(seed).permutation(len(samples))[:most]
     if len(rows) < 2:
         raise DataError(f"{len(rows)} samples are too few to time", "give a few hundred")
@@ -129,27 +130,15 @@ def _summary(name: str, values: NDArray[np.float64], first: NDArray[np.float64],
     return Timing(name, float(values.mean()), float(p50), float(p95), accuracy, float(middle), (float(low), float(high)))
 
 
-def one_graph(artifact: Artifact, threads: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """The network without exits as one ONNX graph in ONNX Runtime, buffers bound once: nothing of ours in its way."""
-    import onnxruntime as ort
-
-    from exitify.onnx_export.static import export_static
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    network = ort.InferenceSession(export_static(artifact).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    plan = artifact.plan
-    x = np.zeros((1, *plan.values[plan.input].shape), plan.values[plan.input].dtype)
-    logits = np.zeros((1, *plan.values[plan.output].shape), np.float32)
-    binding = network.io_binding()
-    binding.bind_ortvalue_input(plan.input, ort.OrtValue.ortvalue_from_numpy(x))
-    binding.bind_ortvalue_output(plan.output, ort.OrtValue.ortvalue_from_numpy(logits))
+def one_graph(artifact: Artifact, threads: int, engine: str = "auto") -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """The network without exits as one ONNX graph in the same engine, buffers bound once: no decision, no session of ours."""
+    (whole,) = artifact.plan.stretches(())
+    bound = make_engine(engine, artifact, threads).bind([whole], {})
 
     def answer(given: NDArray[Any]) -> NDArray[Any]:
-        np.copyto(x, given)
-        network.run_with_iobinding(binding)
-        return logits
+        bound.set_input(given)
+        bound.step(0)
+        return bound.value(artifact.plan.output)
 
     return answer
 

@@ -21,6 +21,7 @@ from exitify.artifact.manifest import InputContract
 from exitify.errors import DataError, ExitifyError
 from exitify.imports import current_directory_importable, import_object, one_line, place_of
 from exitify.pictures import array_pixels, picture_pixels, picture_suffixes, pixels_to_inputs, refuse_other_pictures, resized_size, steps_of
+from exitify.plan import Value
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,14 @@ class Samples:
 
     def _pick(self, rows: Rows) -> NDArray[np.int64]:
         return np.atleast_1d(self._rows[rows])
+
+
+def rows_at_once(value: Value) -> int:
+    """How many samples to run at once over a whole set: so many that their inputs fill 16 MiB, between 8 and 250.
+
+    What a network holds of one sample is some tens of times its input.
+    """
+    return max(8, min(250, 16 * 2**20 // max(value.size_bytes, 1)))
 
 
 def load_samples(name: str, contract: InputContract, *, classes: int, least_classes: int = 2) -> Samples:

@@ -215,6 +215,10 @@ class Plan:
         """The segment of that name (KeyError: a bug, names come from the plan)."""
         return self._segment_of[name]
 
+    def head(self, point: ExitPoint) -> Segment:
+        """The segment that computes this exit's logits."""
+        return self._producer[point.logits]
+
     def stretches(self, enabled: Collection[str]) -> tuple[Stretch, ...]:
         """What to run, in order, when just these exits may be taken.
 
@@ -304,6 +308,11 @@ class Plan:
         answer = self._producer.get(self.output)
         if answer is not None and answer.name in self._ancestors((point.logits,)):
             raise PlanError(f"exit {point.name!r} needs the network's own output", "exit before it")
+        read = self.values.get(point.after)
+        dimensions = {"nchw": 3, "tokens": 2, "vector": 1}[point.head.layout]
+        sizes = (*point.head.shape, point.head.pool, point.head.width, point.head.classes)
+        if read is None or read.shape != point.head.shape or len(point.head.shape) != dimensions or min(sizes) < 1:
+            raise PlanError(f"the head of exit {point.name!r} does not fit the value {point.after!r} that it reads")
         shapes = {point.logits: (point.head.classes,), point.features: (point.head.width,), point.scores: (len(SCORES),)}
         for value, shape in shapes.items():
             if value not in known or self.values[value].shape != shape:

@@ -69,7 +69,7 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         for name in (*members._modules, *members._parameters, *members._buffers):
-            if name in self._OWN:
+            if name in self._OWN or hasattr(Program, name) or name in ("_functions", "_frozen"):
                 raise ModelError(f"the model has a member called {name!r}, a name that Program uses itself", "rename it in the model")
         self._modules.update(members._modules)
         self._parameters.update(members._parameters)

@@ -32,7 +32,7 @@ def node_costs(program: Program) -> dict[str, Cost]:
             return result
 
     with in_mode(program, training=False), torch.no_grad(), _attention_as_products():
-        Meter(program, graph=program.graph).run(example_input(program.values[program.plan.input]))
+        Meter(program, graph=program.graph).run(example_input(program.values[program.plan.input]).to(device_of(program)))
     return costs
 
 
@@ -53,6 +53,11 @@ def value_cost(program: Program, costs: dict[str, Cost], name: str) -> Cost:
     node = next(node for node in program.graph.nodes if node.name == name)
     needed = extract(program.graph, [node]).nodes
     return sum((costs.get(n.name, Cost()) for n in needed), Cost())
+
+
+def device_of(program: Program) -> torch.device:
+    """Where the program's weights are; the CPU when it has none."""
+    return next((tensor.device for tensor in program.state_dict().values()), torch.device("cpu"))
 
 
 def example_input(value: Value, batch: int = 1) -> torch.Tensor:

@@ -19,7 +19,8 @@ from tests.models import SHAPE
 EXITS = {
     "identity": ("relu_1,relu_3", "conv"),  # inside the branch of a residual block: two values cross
     "in_place": ("block1_relu,add_1", "linear"),  # a value that the network overwrites later
-    "shared": ("relu_2", "linear"),  # one block's weights on both sides of the exit
+    "shared": ("relu_2,mean", "linear"),  # one block's weights on both sides of an exit; a vector that is the head's features as it is
+    "dropout": ("relu,dropout", "linear"),  # the same tensor on both sides: nothing is dropped any more
     "depthwise": ("hardswish_1,mul", "mlp"),
     "transformer": ("add_1,add_3", "linear"),
     "plain": ("none", "auto"),

@@ -294,7 +294,7 @@ def exit_after(program: Program, value: str) -> Program:
     [
         (lambda p: changed_plan(p, input="image", segments=()), "the plan names 'image', which the graph does not compute"),
         (lambda p: changed_plan(p, output="answer", segments=()), "the plan names 'answer', which the graph does not compute"),
-        (lambda p: exit_after(p, "nowhere"), "exit 'exit1' stands after 'nowhere', which the graph does not compute"),
+        (lambda p: exit_after(p, "nowhere"), "the head of exit 'exit1' does not fit the value 'nowhere' that it reads"),
         (without_last_node, "no segment computes 'fc'"),
         (with_a_node_too_many, "segment 'trunk_final' holds 'nowhere', which the graph does not compute"),
         (lambda p: changed_plan(p, segments=(*p.plan.segments, p.plan.segments[0])), "the segment name 'trunk_exit1' is used twice"),

@@ -30,7 +30,7 @@ def main() -> None:
     pictures, weights = data / "cifar10.npz", data / "weights" / "cifar10_resnet56_akamaster.safetensors"
     for needed in (pictures, weights):
         if not needed.exists():
-            sys.exit(f"{needed} is missing: set EXITIFY_DATA to the folder that holds it; {__doc__.splitlines()[4]}")
+            sys.exit(f"{needed} is missing: set EXITIFY_DATA to the folder that holds it (see the top of {__file__})")
     calibrate, judge = split_test_images(pictures, options.output.parent)
     model = ["examples.cifar_resnet56.model:resnet56", "--weights", str(weights), "--input-shape", "3x32x32"]
     output = str(options.output)

@@ -44,6 +44,9 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 """Beyond these, float32 softmax says nothing; calibration stays within 0.05 and 20."""
 
 _AGAIN = "get the artifact again"
+NO_PROFILE = "none"
+"""What asks for the network without exits, and so no profile's name."""
+
 _PROFILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 T = TypeVar("T")
 
@@ -145,7 +148,7 @@ def check_profile_name(name: str) -> None:
     Raises:
         ExitifyError: it holds something other than letters, digits, `_`, `.`, `-`.
     """
-    if not _PROFILE_NAME.fullmatch(name):
+    if not _PROFILE_NAME.fullmatch(name) or name == NO_PROFILE:
         raise ExitifyError(f"a profile cannot be called {name!r}", "use up to 64 letters, digits, _, . and -")
 
 

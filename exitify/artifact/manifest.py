@@ -99,6 +99,7 @@ class Manifest:
 
     model_id: sha256 over plan, graphs and source weights; profiles, targets and device states bind to it.
     heads_trained: Whether the heads have been trained; fresh ones say nothing.
+    training_data: `Samples.identity()` of what they were trained on, empty when not known.
     """
 
     format: int
@@ -108,6 +109,7 @@ class Manifest:
     input: InputContract
     plan: Plan
     heads_trained: bool
+    training_data: str = ""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
 
@@ -133,7 +135,8 @@ class Promise:
     limit: The number asked for. confidence: Of a `risk` promise, 0 otherwise.
     kept: Whether the promise could be made; if not, the profile takes no exit, or the best found, as `note` says.
     samples: How many calibration samples it rests on.
-    accuracy, full_accuracy, disagreement, mean_macs_share: Of the profile on those samples, and of the full network.
+    accuracy, full_accuracy, disagreement, mean_macs_share: What to expect of the profile, and of the full network: estimated
+        on those of the samples that thresholds were not found on.
     note: What a reader must know besides, empty if nothing.
     """
 

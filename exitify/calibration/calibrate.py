@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exitify.artifact.artifact import Artifact, check_profile_name
+from exitify.artifact.artifact import NO_PROFILE, Artifact, check_profile_name
 from exitify.artifact.manifest import ExitSetting, Profile, Promise
 from exitify.calibration.bounds import samples_needed, upper_bound
 from exitify.calibration.temperature import fit_temperature, log_softmax
-from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path
-from exitify.data import Samples
+from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path, stricter_first
+from exitify.data import Samples, rows_at_once
 from exitify.errors import CalibrationError
 from exitify.plan import BOUNDARY_MACS, Plan
 from exitify.progress import Progress, silent
@@ -30,6 +30,7 @@ SEARCH_SHARE = 0.4
 
 FEWEST_SAMPLES = 50
 
+NOT_PROVEN = "No exit could be proven to keep this promise on these samples: the full network runs."
 NO_EXIT = "No exit pays within this promise: the full network runs."
 
 
@@ -108,6 +109,8 @@ def calibrate(
         settings = settle_risk(outputs, artifact.plan, *risk, policy=policy, seed=seed)
     progress("searching thresholds", 1, 1)
     warning = looks_memorised(settings)
+    if samples.identity() == artifact.manifest.training_data:
+        warning = "These are the samples that the heads were trained on. Calibrate on others."
     if warning:
         log.warning(warning)
         settings = replace(settings, promise=replace(settings.promise, note=" ".join(filter(None, (settings.promise.note, warning)))))
@@ -129,11 +132,11 @@ def calibrate(
 
 def record_outputs(artifact: Artifact, samples: Samples, *, engine: str = "auto", threads: int = 1, progress: Progress = silent) -> Outputs:
     """Run all samples through every exit."""
-    session = Session(artifact, engine=engine, threads=threads)
+    session = Session(artifact, engine=engine, profile=NO_PROFILE, threads=threads)
     names = artifact.plan.exit_names
     parts: list[NDArray[np.float32]] = []
     done = 0
-    for inputs, labels in samples.batches(250):
+    for inputs, labels in samples.batches(rows_at_once(artifact.plan.values[artifact.plan.input])):
         progress("recording outputs", done, len(samples))
         logits = session.record(inputs).logits
         parts.append(np.stack([logits[name] for name in names]))
@@ -152,19 +155,23 @@ def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: st
     path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
     broken = np.flatnonzero(held_out.drop > max_drop)  # never the first step: without an exit nothing drops
     best = int(broken[0]) - 1 if len(broken) else len(path) - 1
-    note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {held_out.drop_error[best] * 100:.2f} points."
+    error = held_out.drop_error[best]
+    note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {error * 100:.2f} points."
+    if error > max_drop > 0:
+        note += f" The samples are few for this limit: about {int(len(outputs.labels) * (error / max_drop) ** 2)} would tell."
     return _settled(path[best], temperatures, held_out, best, Promise("max-drop", max_drop, 0.0, True, len(outputs.labels), 0, 0, 0, 0, note))
 
 
 def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = "top1", seed: int = 0) -> Settings:
     """The most accurate thresholds whose mean cost is within the budget."""
     path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
-    within = np.flatnonzero(held_out.macs <= budget)
+    within = np.flatnonzero((held_out.macs <= budget) & (held_out.own_macs <= budget))
     kept = bool(len(within))
     best = int(within[held_out.drop[within].argmin()]) if kept else int(held_out.macs.argmin())
     note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {held_out.drop_error[best] * 100:.2f} points."
     if not kept:
-        note = f"a mean of {budget:g} of the multiply-adds cannot be reached, {held_out.macs[best]:.3f} is the least; " + note
+        least = max(held_out.macs[best], held_out.own_macs[best])
+        note = f"a mean of {budget:g} of the multiply-adds cannot be reached, {least:.3f} is the least; " + note
     return _settled(path[best], temperatures, held_out, best, Promise("budget-macs", budget, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, note))
 
 
@@ -192,11 +199,16 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
     recorded = _recorded(search, temperatures, plan, policy, _disagreement(search))
     tested = _recorded(test, temperatures, plan, policy, _disagreement(test, smooth=False))
     chosen = np.full(len(plan.exits), NEVER)
-    for thresholds in price_path(recorded):
+    least = judge(recorded, chosen)[1]
+    any_proven = False
+    for thresholds in stricter_first(price_path(recorded)):
         failures = round(judge(tested, thresholds)[0] * len(test.labels))
         if upper_bound(failures, len(test.labels), confidence) > rate:
             break
-        chosen = thresholds
+        any_proven = True
+        cost = judge(recorded, thresholds)[1]
+        if cost < least:  # among proven ones any may be taken: the cheapest, and none that costs more than it saves
+            chosen, least = thresholds, cost
     taken = exits_taken(tested.confidence, chosen)
     everyone = np.arange(len(taken))
     predictions = test.logits.argmax(axis=2)
@@ -209,7 +221,7 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
         full_accuracy=float((predictions[-1] == test.labels).mean()),
         disagreement=disagreement,
         mean_macs_share=float(_macs(plan, chosen)[taken].mean()),
-        note=note if (chosen < NEVER).any() else f"{NO_EXIT} {note}",
+        note=note if (chosen < NEVER).any() else f"{NO_EXIT if any_proven else NOT_PROVEN} {note}",
     )  # fmt: skip
     return Settings(chosen, temperatures, promise)
 
@@ -227,13 +239,17 @@ def looks_memorised(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """The steps of the path, each judged on samples that its thresholds were not found on: one number a step."""
+    """The steps of the path, each judged on samples that its thresholds were not found on: one number a step.
+
+    own_macs: The cost of the path's own thresholds, on the samples that they were found on.
+    """
 
     drop: NDArray[np.float64]
     drop_error: NDArray[np.float64]
     disagreement: NDArray[np.float64]
     cost: NDArray[np.float64]
     macs: NDArray[np.float64]
+    own_macs: NDArray[np.float64]
     full_accuracy: float
 
 
@@ -257,7 +273,8 @@ def _cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[li
             cost[step, fold] = recorded.cost(thresholds)[taken]
             macs[step, fold] = _macs(plan, thresholds)[taken]
     error = drop.std(axis=1) / np.sqrt(count)
-    return path, _HeldOut(drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), float(right[-1].mean())), temperatures
+    own = np.array([_macs(plan, thresholds)[exits_taken(recorded.confidence, thresholds)].mean() for thresholds in path])
+    return path, _HeldOut(drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(right[-1].mean())), temperatures
 
 
 def _settled(thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: _HeldOut, step: int, promise: Promise) -> Settings:
@@ -284,7 +301,7 @@ def _recorded(outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, p
     full = plan.full_macs
     names = [point.name for point in plan.exits]
     reach = plan.macs_at(names)
-    heads = np.array([plan.segment(f"head_{name}").cost.macs for name in names], float)
+    heads = np.array([plan.head(point).cost.macs for point in plan.exits], float)
     reach_cost = np.array([*reach.values()], float) - np.append(np.cumsum(heads), heads.sum())
     return Recorded(confidence, loss, reach_cost / full, (heads + BOUNDARY_MACS) / full)
 

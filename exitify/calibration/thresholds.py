@@ -7,7 +7,7 @@ ever cheaper settings, and the caller takes the cheapest one that keeps its prom
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,3 +115,25 @@ def price_path(recorded: Recorded, steps: int = 60) -> Iterator[NDArray[np.float
     for price in np.geomspace(3000.0, 0.3, steps):
         thresholds = optimise(recorded, price * scale, thresholds)
         yield thresholds
+
+
+def stricter_first(path: Iterable[NDArray[np.float64]]) -> Iterator[NDArray[np.float64]]:
+    """Yield a path's distinct settings, finely: stricter ones than its first, then each with steps on the way to the next.
+
+    A search cannot tell settings apart that make no error on its own samples, and jumps between those that do; a test on
+    other samples can. Scores end at 1, so a setting is made stricter by moving its thresholds towards that.
+    """
+    before: NDArray[np.float64] | None = None
+    for thresholds in path:
+        on = thresholds < NEVER
+        if not on.any() or (before is not None and np.array_equal(before, thresholds)):
+            continue
+        if before is None:
+            for share in np.geomspace(0.02, 0.8, 10):
+                yield np.where(on, 1.0 - (1.0 - thresholds) * share, NEVER)
+        else:
+            both = on & (before < NEVER)
+            for share in (0.25, 0.5, 0.75):
+                yield np.where(both, before + share * (np.where(both, thresholds, 0.0) - np.where(both, before, 0.0)), before)
+        yield thresholds
+        before = thresholds

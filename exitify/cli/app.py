@@ -14,16 +14,32 @@ import typer
 from exitify.cli import build, use
 from exitify.errors import ExitifyError
 
+EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort"}
+"""Which extra brings a package that a command may need and a device may lack."""
 
-def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, for which Ctrl-C is an error like others (the parser would end with another exit code)."""
+
+def _with_plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, for which Ctrl-C, a missing extra and the system's refusals are errors like others: two lines."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
         except KeyboardInterrupt:
-            raise ExitifyError("interrupted; nothing was changed", "the same command goes on where it was") from None
+            raise ExitifyError("interrupted; nothing was changed", "give the same command again; `exitify train` goes on where it was") from None
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            raise ExitifyError(f"this command needs {error.name}, which is not installed", f"pip install 'exitify[{EXTRAS[error.name]}]'") from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise ExitifyError(
+                f"{place}{error.strerror or error}", "nothing was changed; check the path, its permissions and the space left"
+            ) from error
+        except MemoryError as error:
+            raise ExitifyError(f"the memory is full: {error}", "give less at once") from error
 
     return run
 
@@ -36,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (build.transform, build.train, build.calibrate, use.run, use.bench, use.inspect, build.export, use.targets):
-    app.command()(_interruptible(command))
+    app.command()(_with_plain_errors(command))
 
 
 def main() -> None:

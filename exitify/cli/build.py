@@ -69,7 +69,11 @@ def transform(
         tables.considered(considered)
     next_step = f"Heads are untrained: `exitify train {output} --data DIR`" if artifact.plan.exits else "It has no exits."
     print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. {next_step}")
-    show.python_call(f"exitify.export(exitify.transform(model, example, exits={exits!r}), heads_trained=False).save({str(output)!r})")
+    loading = show.call("exitify.load_model", repr(model), weights=(weights and str(weights), None), input_shape=(shape, None),
+                        preprocess=(preprocess, None), classes=(names, ()), trust=(trust, False))  # fmt: skip
+    show.python_call(f"torch.manual_seed({seed}); model = {loading}")
+    placing = show.call("exitify.transform", "model.module", "model.example", exits=(exits, "auto"), head=(head, "auto"), source=(loaded.source, ""))
+    show.python_call(f"exitify.export({placing}, contract=model.contract, heads_trained=False).save({str(output)!r})")
 
 
 def train(
@@ -97,8 +101,7 @@ def train(
     options = HeadTraining(epochs, copies, augment, distillation, learning_rate=learning_rate, seed=seed)
     folder = work or artifact.with_name(f"{artifact.stem}.train")
     with show.progress_bar() as progress:
-        trained, reports = train_heads(opened, samples, options, work=folder, threads=threads, progress=progress)
-    trained.save(output or artifact)
+        trained, reports = train_heads(opened, samples, options, save_to=output or artifact, work=folder, threads=threads, progress=progress)
     if work is None:
         with contextlib.suppress(OSError):  # not empty: a training with other options was interrupted
             folder.rmdir()
@@ -109,7 +112,10 @@ def train(
     if opened.profiles:
         print(f"Dropped the profiles {', '.join(opened.profiles)}: they were calibrated for other heads.")
     print(f"Wrote {output or artifact}. Next: `exitify calibrate {output or artifact} --data DIR --max-drop 0.005`")
-    show.python_call(f"exitify.train_heads(exitify.Artifact.open({str(artifact)!r}), samples)")
+    how = show.call("HeadTraining", epochs=(epochs, 20), copies=(copies, 4), augmentation=(augment, "auto"), distillation=(distillation, 0.9),
+                    learning_rate=(learning_rate, 0.05), seed=(seed, 0))  # fmt: skip
+    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
+    show.python_call(show.call("exitify.train_heads", opening, "samples", how, save_to=(str(output or artifact), None), threads=(threads, None)))
 
 
 def calibrate(
@@ -148,9 +154,11 @@ def calibrate(
         return
     tables.profile(profile, made)
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE`")
-    show.python_call(
-        f"exitify.calibrate(exitify.Artifact.open({str(artifact)!r}), samples, {_promise_text(max_drop, budget_macs, risk)}, name={profile!r})"
-    )
+    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
+    finding = show.call("exitify.calibrate", opening, "samples", max_drop=(max_drop, None), budget_macs=(budget_macs, None),
+                        risk=(parse_risk(risk), None), name=(profile, "default"), policy=(policy, "top1"), engine=(engine, "auto"),
+                        threads=(threads, 1), seed=(seed, 0))  # fmt: skip
+    show.python_call(f"{finding}.save({str(output or artifact)!r})")
 
 
 def _require_place(output: Path) -> None:
@@ -159,10 +167,6 @@ def _require_place(output: Path) -> None:
         raise NotWritten(f"cannot write {output}: there is no folder {output.parent}", "make the folder first, or choose another place")
     if output.is_dir():
         raise NotWritten(f"cannot write {output}: it is a folder", "give the name of a file in it")
-
-
-def _promise_text(max_drop: float | None, budget_macs: float | None, risk: str | None) -> str:
-    return f"max_drop={max_drop}" if max_drop is not None else f"budget_macs={budget_macs}" if budget_macs is not None else f"risk={parse_risk(risk)}"
 
 
 def parse_risk(text: str | None) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     """Print a table; columns whose cells are all numbers stand right."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(header_style="bold")
     for i, name in enumerate(columns):
@@ -23,12 +24,22 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         numeric = all(cell[:1].isdigit() or cell[:1] in "+-−." for cell in cells if cell)
         grid.add_column(name, justify="right" if numeric and rows else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
+        grid.add_row(*(Text(printable(str(cell))) for cell in row))
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, highlight=False)
     if title:
-        console.print(title, markup=False)
+        console.print(Text(printable(title)))
     console.print(grid)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: names come from strangers' files, and a terminal obeys some of them."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def say(text: str) -> None:
+    """Print a line, without control characters."""
+    print(printable(text))
 
 
 def as_json(document: Any) -> None:
@@ -36,9 +47,20 @@ def as_json(document: Any) -> None:
     print(json.dumps(to_json(document), ensure_ascii=False, allow_nan=False))
 
 
-def python_call(call: str) -> None:
+def call(function: str, *arguments: str, **options: tuple[object, object]) -> str:
+    """A call as Python text.
+
+    Args:
+        function: Its name. arguments: As they stand in Python.
+        options: Value and default of each keyword; one at its default is left out.
+    """
+    given = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+    return f"{function}({', '.join([*arguments, *given])})"
+
+
+def python_call(text: str) -> None:
     """Print the Python that does the same."""
-    print(f"In Python: {call}")
+    say(f"In Python: {text}")
 
 
 @contextmanager

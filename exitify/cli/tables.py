@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Profile
-from exitify.cli.show import millions, percent, table
+from exitify.cli.show import millions, percent, say, table
 from exitify.plan import FINAL, Plan
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def exits(plan: Plan) -> None:
     reach = plan.macs_at([point.name for point in plan.exits])
     rows: list[tuple[object, ...]] = []
     for point in plan.exits:
-        cost = plan.segment(f"head_{point.name}").cost.macs
+        cost = plan.head(point).cost.macs
         spent = reach[point.name]
         rows.append((point.name, point.place, millions(spent), percent(spent / plan.full_macs), point.head, millions(cost)))
     rows.append((FINAL, plan.output, millions(reach[FINAL]), percent(reach[FINAL] / plan.full_macs), "", ""))
@@ -58,9 +58,9 @@ def profile(name: str, made: Profile) -> None:
         "budget-macs": f"{promise.limit:g} of the multiply-adds",
         "risk": f"{promise.limit:g} other answers at {promise.confidence:g}",
     }
-    print(f"Promise: {asked[promise.kind]}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
-    print(f"Accuracy {promise.accuracy:.2%} against {promise.full_accuracy:.2%}, other answers {promise.disagreement:.2%}, ", end="")
-    print(f"mean cost {promise.mean_macs_share:.3f} of the network's.")
+    say(f"Promise: {asked[promise.kind]}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
+    accuracy = f"Accuracy {promise.accuracy:.2%} against {promise.full_accuracy:.2%}, other answers {promise.disagreement:.2%}"
+    say(f"{accuracy}, mean cost {promise.mean_macs_share:.3f} of the network's.")
 
 
 def answers(names: Sequence[str], given: Sequence[Answer], plan: Plan) -> None:
@@ -95,18 +95,18 @@ def timings(report: BenchReport) -> None:
     title = f"{report.samples} samples, batch 1, {report.threads} thread{'s' if report.threads > 1 else ''}"
     table(title, ("", "mean ms", "p50 ms", "p95 ms", "mean ratio", "quartiles", "accuracy"), rows)
     left = ", ".join(f"{name} {percent(share)}" for name, share in report.exits.items())
-    print(f"Left at: {left}; mean cost {report.mean_macs_share:.3f} of the network's.")
+    say(f"Left at: {left}; mean cost {report.mean_macs_share:.3f} of the network's.")
 
 
 def artifact(opened: Artifact) -> None:
     """Everything an artifact says of itself."""
     manifest = opened.manifest
     contract = manifest.input
-    print(f"format {manifest.format}, written by exitify {manifest.exitify}")
-    print(f"model {manifest.model_id[:16]} from {manifest.model.source or 'a module'}; heads {'trained' if manifest.heads_trained else 'untrained'}")
-    print(f"input {contract.dtype} (N, {', '.join(map(str, contract.shape))}); {contract.preprocess or 'no preprocessing known: arrays only'}")
+    say(f"format {manifest.format}, written by exitify {manifest.exitify}")
+    say(f"model {manifest.model_id[:16]} from {manifest.model.source or 'a module'}; heads {'trained' if manifest.heads_trained else 'untrained'}")
+    say(f"input {contract.dtype} (N, {', '.join(map(str, contract.shape))}); {contract.preprocess or 'no preprocessing known: arrays only'}")
     shown = f": {', '.join(contract.classes[:10])}{' …' if len(contract.classes) > 10 else ''}" if contract.classes else ""
-    print(f"{opened.plan.classes} classes{shown}")
+    say(f"{opened.plan.classes} classes{shown}")
     exits(opened.plan)
     for name, made in opened.profiles.items():
         profile(name, made)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from exitify.artifact.artifact import Artifact
     from exitify.artifact.manifest import InputContract
 
-PROFILE = typer.Option(help="Calibrated profile; by default the one called 'default', if there is one.")
+PROFILE = typer.Option(help="Calibrated profile; by default the one called 'default', if there is one; none takes no exit.")
 ENGINE = typer.Option(help="auto, onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt or reference.")
 
 
@@ -47,7 +47,8 @@ def run(
     tables.answers([name for name, _ in named], answers, session.artifact.plan)
     if session.profile_name is None and session.artifact.plan.exits:
         print("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
-    show.python_call(f"exitify.Session.load({str(artifact)!r}).run(x)")
+    loading = show.call("exitify.Session.load", repr(str(artifact)), engine=(engine, "auto"), profile=(profile, None), threads=(threads, 1))
+    show.python_call(f"{loading}.{'run(x)' if batch == 1 else 'run_batch(x)'}")
 
 
 def read_inputs(name: str, contract: InputContract) -> list[tuple[str, NDArray[Any]]]:
@@ -115,7 +116,10 @@ def bench(
         show.as_json(report)
         return
     tables.timings(report)
-    show.python_call(f"exitify.bench(exitify.Artifact.open({str(artifact)!r}), samples)")
+    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
+    timing = show.call("exitify.bench", opening, "samples", against=(tuple(contenders), ("onnxruntime",)), profile=(profile, None),
+                       engine=(engine, "auto"), threads=(threads, 1), most=(samples, 1000))  # fmt: skip
+    show.python_call(timing)
 
 
 def original_module(artifact: Artifact, model: str | None, trust: bool) -> Any:

@@ -7,7 +7,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from exitify.artifact.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET
 from exitify.artifact.tensors import tensor_spans, write_tensors
 from exitify.errors import DataError, ModelError
 from exitify.heads import HeadWithScores
-from exitify.passes.cost import example_input
+from exitify.passes.cost import device_of, example_input
 from exitify.passes.cut_segments import CutSegments
 from exitify.plan import Plan, Segment, Value
 from exitify.program import HEADS as HEADS_MODULE
@@ -58,9 +58,11 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
         shape=program.values[program.plan.input].shape, color="L" if program.values[program.plan.input].shape[0] == 1 else "RGB"
     )
     _check_contract(contract, program.plan)
+    if device_of(program).type != "cpu":
+        raise ModelError(f"the program is on {device_of(program)}, and is exported on the CPU", "export(program.cpu()); move it back afterwards")
     with in_mode(program, training=False):
-        network = _whole_network(program)
-    cut = _Cut(network, program)
+        network, same = _whole_network(program)
+    cut = _Cut(network, same, program)
     files: dict[str, bytes] = {
         WEIGHTS: write_tensors({name: tensor for name, tensor in cut.tensors.items() if not name.startswith(f"{HEADS_MODULE}.")}),
         HEADS: write_tensors({name: tensor for name, tensor in cut.tensors.items() if name.startswith(f"{HEADS_MODULE}.")}),
@@ -101,20 +103,21 @@ def _refuse_other_dtypes(program: Program) -> None:
             raise ModelError(f"{name!r} is {dtype}, which an artifact cannot hold", "convert the model before: model.float()")
 
 
-def _whole_network(program: Program) -> ModelProto:
-    """The network with all heads as one ONNX graph whose outputs bear the plan's names."""
+def _whole_network(program: Program) -> tuple[ModelProto, dict[str, list[str]]]:
+    """The network with all heads as one ONNX graph whose outputs bear the plan's names, and which of these are one tensor."""
     graph, renamed = copy_graph(program.graph)
     nodes = {node.name: new for node, new in renamed.items()}
     heads = nn.ModuleDict()
     outputs: dict[str, fx.Node] = {}
+    for segment in program.plan.segments:
+        if segment.kind != "head":
+            outputs.update({name: nodes[name] for name in segment.outputs})
     for point in program.plan.exits:
         head = nodes[program.head_node(point.name).name]
         heads[point.name] = HeadWithScores(program.get_submodule(str(head.target))).eval()  # type: ignore[arg-type]
         for i, name in enumerate((point.logits, point.features, point.scores)):
             with graph.inserting_after(head):
                 outputs[name] = graph.call_function(operator.getitem, (head, i))
-    for segment in program.plan.segments:
-        outputs.update({name: nodes[name] for name in segment.outputs if name not in outputs})
     _copy_before_overwriting(graph, nodes, program)
     final = next(node for node in graph.nodes if node.op == "output")
     final.args = (tuple(outputs.values()),)
@@ -145,7 +148,37 @@ def _whole_network(program: Program) -> ModelProto:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"the network has no ONNX form: {line[:200]}", "replace the operator named by one that ONNX has") from error
     proto: ModelProto = exported.model_proto
-    return proto
+    return proto, _name_outputs(proto, list(outputs), program.plan.input)
+
+
+def _name_outputs(network: ModelProto, names: Sequence[str], input_name: str) -> dict[str, list[str]]:
+    """Let every output bear its name, and return by name which others are the same tensor.
+
+    Dropout does nothing here, and a head may read its features as they are: torch.onnx leaves such values one name. The
+    first name is the tensor's then, and the others are copies of it, which engines leave out again.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, value in zip(names, network.graph.output):
+        groups.setdefault(value.name, [] if value.name != input_name else [input_name]).append(name)
+    new = {name: f"{name}.inside" for node in network.graph.node for name in node.output if name in names}
+    new.update({found: group[0] for found, group in groups.items()})
+    nodes = [helper.make_node("Identity", [input_name], [name]) for name in groups.get(input_name, [])[1:]]
+    for node in network.graph.node:
+        copied = NodeProto()
+        copied.CopyFrom(node)
+        copied.input[:] = [new.get(name, name) for name in node.input]
+        copied.output[:] = [new.get(name, name) for name in node.output]
+        nodes.append(copied)
+        nodes += [helper.make_node("Identity", [new[name]], [other]) for name in node.output for other in groups.get(name, [])[1:]]
+    del network.graph.node[:]
+    network.graph.node.extend(nodes)
+    same: dict[str, list[str]] = {}
+    first = {}
+    for node in nodes:
+        if node.op_type == "Identity":
+            first[node.output[0]] = first.get(node.input[0], node.input[0])
+            same.setdefault(first[node.output[0]], []).append(node.output[0])
+    return same
 
 
 class _Watch(fx.Interpreter):
@@ -177,7 +210,8 @@ def _copy_before_overwriting(graph: fx.Graph, nodes: Mapping[str, fx.Node], prog
 class _Cut:
     """The whole graph, taken apart at the plan's values."""
 
-    def __init__(self, network: ModelProto, program: Program) -> None:
+    def __init__(self, network: ModelProto, same: Mapping[str, list[str]], program: Program) -> None:
+        self.same = same
         self.nodes: list[NodeProto] = [node for node in network.graph.node if node.op_type != "Constant"]
         self.made_by = {name: i for i, node in enumerate(self.nodes) for name in node.output}
         self.plan = program.plan
@@ -198,9 +232,11 @@ class _Cut:
         """The segment's model, and which values it really reads."""
         needed: set[int] = set()
         read: dict[str, None] = {}
+        given = {name: other for name, others in self.same.items() if name not in segment.inputs for other in others if other in segment.inputs}
         pending = list(segment.outputs)
         while pending:
             name = pending.pop()
+            name = given.get(name, name)
             if name in self.known or name in segment.parameters:
                 read[name] = None
             elif name in self.made_by and self.made_by[name] not in needed:
@@ -236,6 +272,7 @@ class _Cut:
         for node in graph.node:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")
+            node.input[:] = [given.get(name, name) for name in node.input]
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="exitify")
         return model, inputs
 

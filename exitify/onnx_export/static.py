@@ -7,6 +7,7 @@ from onnx import numpy_helper
 
 from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact
 from exitify.artifact.onnx_graph import join
+from exitify.errors import PlanError
 from exitify.plan import FINAL, Stretch
 
 
@@ -14,16 +15,18 @@ def export_static(artifact: Artifact, *, exit: str = FINAL) -> onnx.ModelProto: 
     """Return the network that always stops at this exit, weights inside, for any ONNX runtime.
 
     Args:
-        artifact: Trained, if it is an early exit's network that is wanted.
+        artifact: With trained heads, if it is an early exit's network that is wanted.
         exit: Name of an exit, or `final` for the network without exits.
 
     Returns:
         One graph, opset 20: the artifact's input to `(N, classes)` logits, named as in the artifact.
 
     Raises:
-        PlanError: there is no such exit.
+        PlanError: there is no such exit, or its head is untrained.
     """
     stretch = static_stretch(artifact, exit)
+    if exit != FINAL and not artifact.manifest.heads_trained:
+        raise PlanError(f"the head of {exit} is untrained, and its answers mean nothing", "run `exitify train` first")
     graphs = [artifact.graph(name) for name in stretch.segments]
     model = onnx.load_model_from_string(join(graphs, stretch.inputs, stretch.outputs, artifact.plan.values))
     weights = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from exitify.artifact.artifact import HEADS, Artifact
+from exitify.artifact.artifact import HEADS, NO_PROFILE, Artifact
 from exitify.artifact.manifest import InputContract, Profile
 from exitify.errors import DataError
 from exitify.pictures import prepare_pictures
@@ -103,7 +103,7 @@ class Session:
         Args:
             artifact: An opened artifact. Loading hands its graphs to the engine.
             engine: See `exitify.runtime.engines.make_engine`.
-            profile: Name of a calibrated profile; None means `default` if there is one.
+            profile: Name of a calibrated profile; None means `default` if there is one, `none` takes no exit.
             threads: Threads that one answer may use.
 
         Raises:
@@ -127,11 +127,16 @@ class Session:
         return self.artifact.manifest.input
 
     def use(self, profile: str | None) -> None:
-        """Switch to another profile between two calls; calls under way end with the one they began with."""
+        """Switch to another profile between two calls; calls under way end with the one they began with.
+
+        Args:
+            profile: Its name; None means `default` if there is one; `none` is the network without exits.
+        """
         if profile is None and "default" in self.artifact.profiles:
             profile = "default"
-        self._setup = self._make_setup(None if profile is None else self.artifact.profile(profile))
-        self.profile_name = profile
+        name = None if profile == NO_PROFILE else profile
+        self._setup = self._make_setup(None if name is None else self.artifact.profile(name))
+        self.profile_name = name
 
     def run(self, x: Array) -> Answer:
         """Answer for one sample, stopping as soon as the profile allows.
@@ -140,7 +145,7 @@ class Session:
             x: Ready for the network, `shape` or `(1, *shape)`; or one picture, uint8 `(H, W, C)`, that the contract prepares.
 
         Raises:
-            DataError: wrong shape or dtype, NaN or infinity.
+            DataError: wrong shape or dtype, NaN or infinity, in the input or in the network's answer.
         """
         started = time.perf_counter_ns()
         ready = self._ready(x)
@@ -254,6 +259,8 @@ class Session:
 
     def _answer(self, step: _Step, logits: Array, started: int) -> Answer:
         ms = (time.perf_counter_ns() - started) / 1e6
+        if not np.isfinite(logits).all():
+            raise DataError(f"the network's answer is not finite at {step.stretch.exit}", "the input's values are far from any it was trained on")
         return Answer(int(logits.argmax()), step.stretch.exit, logits, step.temperature, step.macs, ms, self._classes)
 
     def _ready(self, x: Any) -> Array:

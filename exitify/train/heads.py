@@ -38,7 +38,7 @@ class HeadTraining:
     augmentation: `none`, `crop`, `crop+flip`, or `auto`: crop, and flip where pictures are in colour.
     distillation: Weight of the divergence from the network's own answer, in [0, 1]; the rest is cross-entropy with the label.
     softening: Temperature of that divergence (Hinton et al. 2015, arXiv:1503.02531).
-    learning_rate: Peak of a one-cycle schedule for SGD with Nesterov momentum 0.9.
+    learning_rate: Peak of a one-cycle schedule for SGD with Nesterov momentum, which goes from 0.95 to 0.85 and back.
     validation: Share of the samples set aside to choose each head's best epoch; they are recorded without augmentation.
     """
 
@@ -68,6 +68,7 @@ def train_heads(
     samples: Samples,
     options: HeadTraining | None = None,
     *,
+    save_to: Path | None = None,
     work: Path | None = None,
     threads: int | None = None,
     progress: Progress = silent,
@@ -81,8 +82,10 @@ def train_heads(
         artifact: With exits.
         samples: Training pictures and labels.
         options: How to train.
-        work: Folder for recorded features and checkpoints; an interrupted training with the same data and options goes on
-            from there, and at the end what it put there is removed. By default a folder `exitify-train` here.
+        save_to: Where to save the trained artifact, before what was recorded for it is removed.
+        work: Folder for recorded features and checkpoints, by default a folder `exitify-train` here. An interrupted training
+            with the same data and options goes on from there, one with other epochs or rates uses what is recorded; at the
+            end what it put there is removed.
         threads: CPU threads, by default all.
         progress: Called now and then.
 
@@ -96,23 +99,28 @@ def train_heads(
         raise DataError(f"there is no augmentation {options.augmentation!r}", f"there are auto, {', '.join(get_args(Augmentation))}")
     threads = threads or torch.get_num_threads()
     train_rows, validation_rows = _split(samples, options)
-    folder = (work or Path("exitify-train")) / _key(artifact, samples, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    heads = load_heads(artifact)
-    training = _Recorded(artifact, samples, heads, folder, threads, progress)
     how: Any = options.augmentation
     if how == "auto":
         how = "crop+flip" if artifact.manifest.input.color == "RGB" else "crop"
+    recorded = {"model": artifact.manifest.model_id, "data": samples.identity(), "how": how, "share": options.validation, "seed": options.seed}
+    folder = (work or Path("exitify-train")) / _key(recorded)
+    checkpoint = folder / f"checkpoint-{_key(options)}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = load_heads(artifact)
+    training = _Recorded(artifact, samples, heads, folder, threads, progress)
     files = []
     for copy_number in range(min(options.copies, options.epochs)):
         order = np.random.default_rng((options.seed, copy_number)).permutation(train_rows)
         files.append(training.file(f"train-{copy_number}", order, how, options.seed + 1 + copy_number))
     validation = training.file("validation", validation_rows, "none", 0)
     with _torch_threads(threads):
-        best, reports = _fit(artifact, heads, files, validation, samples.labels, options, folder / "checkpoint.pt", progress)
+        best, reports = _fit(artifact, heads, files, validation, samples.labels, options, checkpoint, progress)
     tensors = {f"{HEADS_MODULE}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
     kept = {path: data for path, data in artifact.files.items() if not path.startswith("profiles/")}
-    trained = build_artifact(replace(artifact.manifest, heads_trained=True), {**kept, HEADS: write_tensors(tensors)})
+    manifest = replace(artifact.manifest, heads_trained=True, training_data=samples.identity())
+    trained = build_artifact(manifest, {**kept, HEADS: write_tensors(tensors)})
+    if save_to is not None:
+        trained.save(save_to)
     shutil.rmtree(folder)
     if work is None and not any(folder.parent.iterdir()):
         folder.parent.rmdir()
@@ -176,10 +184,9 @@ def _split(samples: Samples, options: HeadTraining) -> tuple[NDArray[np.integer]
     return order[held_out:], order[:held_out]
 
 
-def _key(artifact: Artifact, samples: Samples, options: HeadTraining) -> str:
-    """A name for this very training: same artifact, data and options, same name."""
-    text = dumps({"model": artifact.manifest.model_id, "data": samples.identity(), "options": options})
-    return hashlib.sha256(text).hexdigest()[:16]
+def _key(record: object) -> str:
+    """A name for what was recorded or trained: the same settings, the same name."""
+    return hashlib.sha256(dumps(record)).hexdigest()[:16]
 
 
 def _fit(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import Artifact
-from exitify.data import Samples
+from exitify.data import Samples, rows_at_once
 from exitify.errors import DataError
 from exitify.heads import ExitHead
 from exitify.pictures import pixels_to_inputs
@@ -20,8 +20,6 @@ from exitify.plan import Cost, Stretch
 from exitify.progress import Progress
 from exitify.runtime.engines import make_engine
 from exitify.train.augment import Augmentation, augment
-
-ROWS_AT_ONCE = 250
 
 ROWS_A_CHUNK = 2500
 """Rows that are read and shuffled together."""
@@ -78,25 +76,33 @@ def record(
     """Write the file, from where it ends to the last row.
 
     Raises:
-        DataError: the disk is full; what was written stays, and a later call goes on there.
+        DataError: the disk is full (what was written stays, and a later call goes on there), or a value does not fit float16.
     """
     run = make_engine("auto", artifact, threads).prepare(backbone(artifact))
     plan = artifact.plan
     done = file.path.stat().st_size // file.row_bytes if file.path.exists() else 0
-    done -= done % ROWS_AT_ONCE
+    at_once = rows_at_once(plan.values[plan.input])
+    if done < len(file.rows):
+        done -= done % at_once
     try:
         with open(file.path, "r+b" if file.path.exists() else "w+b") as stream:
             stream.truncate(done * file.row_bytes)
             stream.seek(done * file.row_bytes)
-            for start in range(done, len(file.rows), ROWS_AT_ONCE):
+            for start in range(done, len(file.rows), at_once):
                 progress("recording features", start, len(file.rows))
-                rows = file.rows[start : start + ROWS_AT_ONCE]
+                rows = file.rows[start : start + at_once]
                 generator = np.random.default_rng((seed, start))
                 pixels = samples.pixels(rows)
                 inputs = pixels_to_inputs(augment(pixels, how, generator), artifact.manifest.input) if pixels.dtype == np.uint8 else pixels
                 values = run({plan.input: inputs})
                 with torch.inference_mode():
                     pooled = [heads[point.name].pool(torch.from_numpy(values[point.after])).flatten(1).half().numpy() for point in plan.exits]
+                for point, array in zip(plan.exits, pooled):
+                    if not np.isfinite(array).all():
+                        raise DataError(
+                            f"the value that {point.name} reads, {point.after!r}, goes beyond float16's 65504, in which features are recorded",
+                            "place the exit elsewhere, after a norm for instance",
+                        )
                 parts = [*(array.view(np.uint8) for array in pooled), np.ascontiguousarray(values[plan.output], np.float32).view(np.uint8)]
                 stream.write(np.concatenate(parts, axis=1).tobytes())
     except OSError as error:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, optimise, price_path
+from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, optimise, price_path, stricter_first
 
 PRICES = np.geomspace(300, 0.3, 12)
 
@@ -261,3 +261,16 @@ def test_prices_follow_the_units_of_the_costs() -> None:
 def test_the_path_is_the_same_each_time() -> None:
     recorded = problem(2, exits=3, samples=50)
     assert [t.tolist() for t in price_path(recorded)] == [t.tolist() for t in price_path(recorded)]
+
+
+def test_a_risk_is_tried_on_stricter_settings_first_and_finely_between_the_paths_own() -> None:
+    path = [np.array([NEVER, NEVER]), np.array([0.9, NEVER]), np.array([0.9, NEVER]), np.array([0.7, 0.8]), np.array([0.5, 0.6])]
+    settings = list(stricter_first(path))
+    firsts = [setting[0] for setting in settings]
+    assert firsts == sorted(firsts, reverse=True)
+    assert firsts[0] == pytest.approx(0.998)
+    tried = [tuple(setting) for setting in settings]
+    assert len(tried) == 10 + 1 + 3 + 1 + 3 + 1
+    assert [tried.index(own) for own in ((0.9, NEVER), (0.7, 0.8), (0.5, 0.6))] == [10, 14, 18]
+    assert tried[16] == pytest.approx((0.6, 0.7))
+    assert all(np.isinf(setting[1]) for setting in settings[:14])

@@ -15,6 +15,7 @@ from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact
 from exitify.calibration.calibrate import record_outputs
 from exitify.data import load_samples
 from exitify.errors import DataError, PlanError
+from exitify.files import NotWritten
 from exitify.plan import FINAL
 from exitify.train import heads as training
 from exitify.train.heads import HeadReport, HeadTraining, load_heads, train_heads
@@ -200,13 +201,35 @@ def test_a_recording_that_broke_off_inside_a_block_goes_on_before_it(tmp_path: P
     assert content(resumed) == content(undisturbed[0])
 
 
-def test_other_options_do_not_go_on_from_there(tmp_path: Path) -> None:
+def test_another_rate_starts_anew_on_what_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, progress=interrupt("training heads", 1))
     first: dict[str, int] = {}
-    train(tmp_path, replace(QUICK, learning_rate=0.04), progress=lambda text, now, _: first.setdefault(text, now) and None)
+    other = replace(QUICK, learning_rate=0.04)
+    trained, _ = train(tmp_path, other, progress=lambda text, now, _: first.setdefault(text, now) and None)
+    assert first["training heads"] == 0
+    assert all(done > 0 for text, done in first.items() if text.startswith("recording"))
+    assert content(trained) == content(train(tmp_path / "anew", other)[0])
+
+
+def test_another_seed_records_anew(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, progress=interrupt("training heads", 1))
+    first: dict[str, int] = {}
+    train(tmp_path, replace(QUICK, seed=1), progress=lambda text, now, _: first.setdefault(text, now) and None)
     assert set(first.values()) == {0}
     assert len(list(tmp_path.iterdir())) == 1  # the interrupted one still waits
+
+
+def test_the_artifact_is_saved_before_what_was_recorded_for_it_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(NotWritten):
+        train(tmp_path / "work", save_to=tmp_path / "missing" / "net.exitify")
+    assert list((tmp_path / "work").rglob("checkpoint-*.pt"))
+    first: dict[str, int] = {}
+    train(tmp_path / "work", save_to=tmp_path / "net.exitify", progress=lambda text, now, _: first.setdefault(text, now) and None)
+    assert first["training heads"] > 0
+    assert Artifact.open(tmp_path / "net.exitify").manifest.heads_trained
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_the_work_folder_is_empty_at_the_end(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ def make_engine(name: str, artifact: Artifact, threads: int) -> Engine:
     """Return the engine of this name over an artifact.
 
     Args:
-        name: `auto` (the best one installed), `onnxruntime`, `onnxruntime:cuda`, `onnxruntime:tensorrt`, or `reference`.
+        name: `auto` (ONNX Runtime on the CPU), `onnxruntime`, `onnxruntime:cuda`, `onnxruntime:tensorrt`, or `reference`.
         threads: How many threads one call may use.
 
     Raises:
         EngineError: there is no such engine, or its library is missing.
     """
     kind, _, provider = name.partition(":")
-    if kind not in ENGINES or (kind == "reference" and provider):
+    if kind not in ENGINES or (kind != "onnxruntime" and provider):
         raise EngineError(f"there is no engine {name!r}", f"there are {', '.join(ENGINES)}")
     try:
         if kind == "reference":

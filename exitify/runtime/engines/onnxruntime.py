@@ -53,6 +53,8 @@ class OnnxRuntimeEngine(Engine):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        if self.threads > 1:  # each stretch has threads of its own: they must not spin while another's work
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         if outside:
             options.add_external_initializers(list(outside), [ort.OrtValue.ortvalue_from_numpy(tensor) for tensor in outside.values()])
