@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 import os
@@ -174,12 +175,21 @@ def parse_artifact(buffer: Buffer) -> Artifact:
     manifest = _read_manifest(files.pop(MANIFEST))
     _check_files(manifest, files)
     artifact = Artifact(manifest, files)
-    _translate("the plan", manifest.plan.check)
-    _translate("the input contract", manifest.input.check)
+    check_artifact(artifact)
+    return artifact
+
+
+def check_artifact(artifact: Artifact) -> None:
+    """Hold plan, graphs, weights and profiles against each other.
+
+    Raises:
+        MalformedManifest: one of them contradicts another; see FORMAT.md.
+    """
+    _translate("the plan", artifact.plan.check)
+    _translate("the input contract", artifact.manifest.input.check)
     _check_plan(artifact)
     _check_model(artifact)
     _check_profiles(artifact)
-    return artifact
 
 
 def _read_manifest(data: memoryview) -> Manifest:
@@ -284,7 +294,8 @@ def parameter_values(plan: Plan) -> dict[str, Parameter]:
 def _check_profiles(artifact: Artifact) -> None:
     exits = {point.name for point in artifact.plan.exits}
     for name, profile in artifact.profiles.items():
-        if not _PROFILE_NAME.fullmatch(name) or set(profile.exits) != exits or profile.model_id != artifact.manifest.model_id:
+        _translate("a profile", functools.partial(check_profile_name, name))
+        if set(profile.exits) != exits or profile.model_id != artifact.manifest.model_id:
             raise MalformedManifest(f"profile {name!r} was made for another network", "calibrate again: `exitify calibrate`")
         for temperature in (profile.final_temperature, *(setting.temperature for setting in profile.exits.values())):
             if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:

@@ -19,11 +19,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxscript import optimizer
 from torch import fx, nn
 
-from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, build_artifact, graph_path
+from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, build_artifact, check_artifact, graph_path
 from exitify.artifact.manifest import FORMAT, InputContract, Manifest, ModelOrigin
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET
 from exitify.artifact.tensors import tensor_spans, write_tensors
-from exitify.errors import DataError, ModelError
+from exitify.errors import ArtifactError, DataError, ModelError
 from exitify.heads import HeadWithScores
 from exitify.passes.cost import device_of, example_input
 from exitify.passes.cut_segments import CutSegments
@@ -80,6 +80,10 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     plan = replace(program.plan, segments=tuple(segments))
     manifest = Manifest(FORMAT, __version__, "", ModelOrigin(program.source, program.recipe), contract, plan, heads_trained)
     artifact = build_artifact(manifest, files)
+    try:
+        check_artifact(artifact)
+    except ArtifactError as error:
+        raise ModelError(f"the exported network could not be opened again: {error.problem}", "report this with the model") from error
     _compare(artifact, program)
     return artifact
 
@@ -173,7 +177,7 @@ def _name_outputs(network: ModelProto, names: Sequence[str], input_name: str) ->
     del network.graph.node[:]
     network.graph.node.extend(nodes)
     same: dict[str, list[str]] = {}
-    first = {}
+    first: dict[str, str] = {}
     for node in nodes:
         if node.op_type == "Identity":
             first[node.output[0]] = first.get(node.input[0], node.input[0])

@@ -481,6 +481,15 @@ def test_the_profile_called_default_is_used_unless_another_is_named(tmp_path):
     assert (Session.load(path, profile="late").profile_name, Session.load(path, profile="late").run(inputs(1)).exit) == ("late", FINAL)
 
 
+def test_the_profile_called_none_takes_no_exit():
+    _, artifact = exported("identity")
+    artifact = artifact.with_profile("default", profile_for(artifact, {"exit1": 0.0}))
+    session = Session(artifact, profile="none")
+    assert (session.profile_name, session.run(inputs(1)).exit) == (None, FINAL)
+    session.use(None)
+    assert (session.profile_name, session.run(inputs(1)).exit) == ("default", "exit1")
+
+
 def test_an_unknown_profile_is_refused_and_the_old_one_stays():
     _, artifact = exported("identity")
     session = session_with(artifact, {"exit1": 0.0})
@@ -656,9 +665,13 @@ def test_infinities_that_cancel_and_numbers_too_large_are_refused():
         Session(artifact).run(np.full((3, 16, 16), 1e200))
 
 
-def test_large_finite_numbers_whose_sum_overflows_are_read():
+def test_large_finite_numbers_are_read_and_an_answer_that_they_make_infinite_is_refused():
+    """Their sum overflows as well, and is no reason to refuse them."""
     _, artifact = exported("plain")
-    assert Session(artifact).run(np.full((3, 16, 16), 3e38, np.float32)).exit == FINAL
+    session = Session(artifact)
+    for call in (session.run, session.run_batch):
+        with pytest.raises(DataError, match="the network's answer is not finite at final\n  hint: the input's values are far from any"):
+            call(np.full((1, 3, 16, 16), 3e38, np.float32))
 
 
 def test_run_takes_one_sample():
