@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.manifest import InputContract
-from exitify.errors import DataError, ExitifyError
-from exitify.imports import current_directory_importable, import_object, one_line, place_of
+from exitify.errors import DataError, ExitifyError, one_line
+from exitify.imports import current_directory_importable, import_object, place_of
 from exitify.pictures import array_pixels, picture_pixels, picture_suffixes, pixels_to_inputs, refuse_other_pictures, resized_size, steps_of
 from exitify.plan import Value
 

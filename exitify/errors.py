@@ -86,3 +86,14 @@ class MalformedManifest(ArtifactError):
 
 class UnknownProfile(ExitifyError):
     """No profile has that name."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's error, or its type when it says nothing, for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def one_line(error: BaseException) -> str:
+    """The type and the first line of somebody else's error."""
+    said = first_line(error)
+    return said if said == type(error).__name__ else f"{type(error).__name__}: {said}"

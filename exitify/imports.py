@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exitify.errors import ExitifyError
+from exitify.errors import ExitifyError, one_line
 
 
 @contextlib.contextmanager
@@ -70,9 +70,3 @@ def place_of(error: BaseException) -> str:
     ours = (str(Path(__file__).parent) + os.sep, importlib.__file__, "<")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's type and first line, for messages."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from exitify.artifact.manifest import InputContract, Preprocess
-from exitify.errors import DataError, ExitifyError, ModelError
+from exitify.errors import DataError, ExitifyError, ModelError, one_line
 from exitify.imports import current_directory_importable, import_object, place_of
 from exitify.pictures import FILTERS, Color, parse_preprocess
 
@@ -167,7 +167,7 @@ def _from_export(path: Path, *, trust: bool) -> _Found:
         program = torch.export.load(path)
         module = program.module()
     except Exception as error:
-        raise ModelError(f"{path} cannot be loaded: {_one_line(error)}", f"export it again with this torch ({torch.__version__})") from error
+        raise ModelError(f"{path} cannot be loaded: {one_line(error)}", f"export it again with this torch ({torch.__version__})") from error
     _refuse_train_mode(module, path)
     wanted = program.graph_signature.user_inputs
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
@@ -200,7 +200,7 @@ def _from_pickle(path: Path, *, trust: bool) -> nn.Module:
             ) from error
         data = _unpickle(path)
     except Exception as error:
-        raise ModelError(f"{path} cannot be read: {_one_line(error)}", "it may be cut off; copy or save it again") from error
+        raise ModelError(f"{path} cannot be read: {one_line(error)}", "it may be cut off; copy or save it again") from error
     if isinstance(data, nn.DataParallel):
         data = data.module
     if not isinstance(data, nn.Module):
@@ -230,7 +230,7 @@ def _unpickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=False)
         except Exception as error:
             hint = "a pickle needs the code of its classes: run where that can be imported, or give package.module:factory --weights W"
-            raise ModelError(f"{path} cannot be unpickled{place_of(error)}: {_one_line(error)}", hint) from error
+            raise ModelError(f"{path} cannot be unpickled{place_of(error)}: {one_line(error)}", hint) from error
 
 
 # --- code and zoos --------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def _built(name: str, factory: Any) -> nn.Module:
     except ExitifyError:
         raise
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{name} fails{place_of(error)}: {_one_line(error)}", "it is called without arguments, and returns the module") from error
+        raise ModelError(f"{name} fails{place_of(error)}: {one_line(error)}", "it is called without arguments, and returns the module") from error
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"{name} returns a {type(module).__name__}, not a torch.nn.Module", "give a function without arguments that returns the module"
@@ -298,7 +298,7 @@ def _from_timm(name: str) -> _Found:
         module = timm.create_model(name, pretrained=False)
     except Exception as error:
         raise ModelError(
-            f"timm:{name} cannot be built{place_of(error)}: {_one_line(error)}", "check the part after the dot; timm.list_pretrained() lists them"
+            f"timm:{name} cannot be built{place_of(error)}: {one_line(error)}", "check the part after the dot; timm.list_pretrained() lists them"
         ) from error
     config = timm.data.resolve_model_data_config(module)
     channels, height, width = config["input_size"]
@@ -335,7 +335,7 @@ def _zoo(package: str, module: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ModelError(f"{package} is not installed", f"pip install {package}") from error
         hint = f"its version must fit torch {torch.__version__}; or give package.module:factory"
-        raise ModelError(f"{package} is installed and cannot be imported: {_one_line(error)}", hint) from error
+        raise ModelError(f"{package} is installed and cannot be imported: {one_line(error)}", hint) from error
 
 
 def _require_known(package: str, name: str, known: Sequence[str]) -> None:
@@ -382,7 +382,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:
-        raise ModelError(f"{path} cannot be read: {_one_line(error)}", "it may be cut off; copy or save it again") from error
+        raise ModelError(f"{path} cannot be read: {one_line(error)}", "it may be cut off; copy or save it again") from error
 
 
 def _read_checkpoint(path: Path) -> Any:
@@ -395,7 +395,7 @@ def _read_checkpoint(path: Path) -> Any:
             "where it was made, save the tensors alone: torch.save(model.state_dict(), path)",
         ) from error
     except Exception as error:
-        raise ModelError(f"{path} cannot be read: {_one_line(error)}", "it may be cut off; copy or save it again") from error
+        raise ModelError(f"{path} cannot be read: {one_line(error)}", "it may be cut off; copy or save it again") from error
 
 
 def _put_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path, *, renamed: Callable[[str], str] | None = None) -> None:
@@ -408,7 +408,7 @@ def _put_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Pat
     try:
         missing, unexpected = module.load_state_dict({key: value for key, value in state.items() if key not in reshaped}, strict=False)
     except RuntimeError as error:
-        raise ModelError(f"{path} cannot be loaded into the network: {_one_line(error)}", "give the weights of this very network") from error
+        raise ModelError(f"{path} cannot be loaded into the network: {one_line(error)}", "give the weights of this very network") from error
     missing = [key for key in missing if key not in reshaped]
     if not (missing or unexpected or reshaped):
         return
@@ -485,8 +485,3 @@ def _set_eval(module: nn.Module) -> None:
     except NotImplementedError:
         for part in module.modules():
             part.training = False
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

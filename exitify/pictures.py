@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from exitify.artifact.manifest import InputContract, Preprocess
-from exitify.errors import DataError, ExitifyError
-from exitify.imports import one_line
+from exitify.errors import DataError, ExitifyError, one_line
 
 Color: TypeAlias = Literal["RGB", "L"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from exitify.errors import ModelError
+from exitify.errors import ModelError, first_line
 from exitify.plan import Plan, Value
 from exitify.program import Program, copy_graph, in_mode
 
@@ -85,7 +85,7 @@ def _call(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     except Exception as error:
         shape = "x".join(map(str, x.shape[1:]))
         raise ModelError(
-            f"the model fails on an input of shape {shape} at batch {x.shape[0]}: {_one_line(error)}",
+            f"the model fails on an input of shape {shape} at batch {x.shape[0]}: {first_line(error)}",
             "check --input-shape (without the batch); a .pt2 must be exported with a dynamic batch dimension",
         ) from error
     if not isinstance(result, torch.Tensor) or result.ndim != 2 or result.shape[0] != x.shape[0]:
@@ -161,10 +161,10 @@ def _trace_what_can_be(model: nn.Module) -> fx.Graph:
             piece = next((path for path in reversed(tracer.inside) if path not in leaves), None)
             if piece is None:
                 raise ModelError(
-                    f"{type(model).__name__} cannot be traced: {_one_line(error)}{_user_line(error)}",
+                    f"{type(model).__name__} cannot be traced: {first_line(error)}{_user_line(error)}",
                     "move the part that depends on values or shapes into a submodule of its own; it is then kept as one piece",
                 ) from error
-            log.info("kept as one piece: %s (%s)", piece, _one_line(error))
+            log.info("kept as one piece: %s (%s)", piece, first_line(error))
             leaves.add(piece)
 
 
@@ -284,7 +284,7 @@ def _shapes(members: nn.Module, graph: fx.Graph, x: torch.Tensor) -> dict[str, t
         Recorder(members, graph=graph).run(x)
     except Exception as error:
         raise ModelError(
-            f"the traced network fails at batch {x.shape[0]}, where the model does not: {_one_line(error)}",
+            f"the traced network fails at batch {x.shape[0]}, where the model does not: {first_line(error)}",
             "a part of its forward depends on the batch size or on values; move it into a submodule of its own",
         ) from error
     return shapes
@@ -337,11 +337,6 @@ def _require_same(got: torch.Tensor, expected: torch.Tensor, where: str) -> None
             f"in {where} the traced network differs from the model by {gap:.2g}",
             "a part of its forward depends on the mode or on values; move it into a submodule of its own",
         )
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]
 
 
 def _user_line(error: BaseException) -> str:

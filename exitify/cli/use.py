@@ -9,7 +9,7 @@ import typer
 
 from exitify.cli import show, tables
 from exitify.cli.build import ARTIFACT, DATA, JSON, THREADS
-from exitify.errors import DataError, ModelError
+from exitify.errors import DataError, ModelError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,7 @@ def read_inputs(name: str, contract: InputContract) -> list[tuple[str, NDArray[A
     try:
         array = np.load(name, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{name} is not a .npy array: {str(error).splitlines()[0][:100]}", "write it with numpy.save, without objects") from error
+        raise DataError(f"{name} is not a .npy array: {first_line(error)}", "write it with numpy.save, without objects") from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{name} holds several arrays (it is a .npz)", "write the one with the inputs with numpy.save")
     one = len(contract.shape)

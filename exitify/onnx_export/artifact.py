@@ -23,7 +23,7 @@ from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, build_artifact, 
 from exitify.artifact.manifest import FORMAT, InputContract, Manifest, ModelOrigin
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET
 from exitify.artifact.tensors import tensor_spans, write_tensors
-from exitify.errors import ArtifactError, DataError, ModelError
+from exitify.errors import ArtifactError, DataError, ModelError, first_line
 from exitify.heads import HeadWithScores
 from exitify.passes.cost import device_of, example_input
 from exitify.passes.cut_segments import CutSegments
@@ -149,8 +149,7 @@ def _whole_network(program: Program) -> tuple[ModelProto, dict[str, list[str]]]:
             optimizer.fold_constants(exported.model, input_size_limit=2**22, output_size_limit=2**22, should_fold=is_no_weight)
             optimizer.remove_unused_nodes(exported.model)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the network has no ONNX form: {line[:200]}", "replace the operator named by one that ONNX has") from error
+        raise ModelError(f"the network has no ONNX form: {first_line(error)}", "replace the operator named by one that ONNX has") from error
     proto: ModelProto = exported.model_proto
     return proto, _name_outputs(proto, list(outputs), program.plan.input)
 

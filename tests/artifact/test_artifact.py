@@ -35,7 +35,7 @@ from exitify.artifact.artifact import (
 )
 from exitify.artifact.manifest import Preprocess
 from exitify.artifact.tensors import write_tensors
-from exitify.errors import AlteredFile, ArtifactError, ExitifyError, MalformedManifest, RecordError, UnknownProfile
+from exitify.errors import AlteredFile, ArtifactError, ExitifyError, RecordError, UnknownProfile
 from exitify.files import NotWritten
 from exitify.plan import Cost, Plan, Value
 from exitify.records import dumps, from_json, to_json

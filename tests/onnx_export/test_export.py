@@ -16,7 +16,7 @@ from torch import nn
 from exitify.artifact import container
 from exitify.artifact.artifact import HEADS, MANIFEST, WEIGHTS, Artifact, graph_path, parse_artifact
 from exitify.artifact.manifest import FORMAT, InputContract, Preprocess
-from exitify.errors import ModelError, PlanError
+from exitify.errors import DataError, MalformedManifest, ModelError, PlanError
 from exitify.onnx_export import artifact as export_module
 from exitify.onnx_export.artifact import KEPT_INSIDE_BYTES, export
 from exitify.onnx_export.static import export_static
@@ -135,6 +135,26 @@ def test_a_value_that_the_network_overwrites_later_is_read_as_it_was():
     assert not any(node.op_type == "Identity" for model in graphs(artifact) for node in model.graph.node)
 
 
+def test_values_that_are_one_tensor_keep_their_names():
+    """Dropout does nothing any more; before it and after it are still two places."""
+    _, artifact = exported("dropout")
+    assert artifact.plan.segment("head_exit2").inputs == ("dropout",)
+    assert artifact.plan.segment("trunk_final").inputs == ("dropout",)
+    assert [node.op_type for node in graphs(artifact)[2].graph.node] == ["Identity"]
+    recorded = Session(artifact).record(inputs(2))
+    assert recorded.features["exit1"].tobytes() == recorded.features["exit2"].tobytes()
+
+
+def test_features_may_be_the_value_itself():
+    _, artifact = exported("shared")
+    (stretch,) = [stretch for stretch in artifact.plan.stretches(("exit2",)) if stretch.exit == "exit2"]
+    assert artifact.plan.segment("head_exit2").inputs == ("mean",)
+    given = {"x": inputs(2), **artifact.tensors(HEADS), "exit_heads.exit2.temperature": np.array(1, np.float32)}
+    run_stretch = Session(artifact).engine.prepare(replace(stretch, outputs=("mean", "exit2.z")))
+    found = run_stretch({name: given[name] for name in (*stretch.inputs, *stretch.parameters)})
+    assert found["mean"].tobytes() == found["exit2.z"].tobytes()
+
+
 def test_a_network_without_exits_is_one_segment():
     _, artifact = exported("plain")
     assert [segment.name for segment in artifact.plan.segments] == ["trunk_final"]
@@ -223,6 +243,34 @@ def test_an_export_that_computes_something_else_is_refused(monkeypatch):
             export_module._compare(artifact, program)
 
 
+def test_an_export_that_could_not_be_opened_is_refused(monkeypatch):
+    def refuse(_: Artifact) -> None:
+        raise MalformedManifest("the plan is wrong")
+
+    monkeypatch.setattr(export_module, "check_artifact", refuse)
+    with pytest.raises(ModelError, match="the exported network could not be opened again: the plan is wrong\n  hint: report this"):
+        export(tiny())
+
+
+@pytest.mark.parametrize(
+    ("contract", "message"),
+    [
+        (InputContract((1, 6, 7), color="L"), r"the contract says float32 \(1, 6, 7\), and the network reads float32 \(1, 6, 6\)"),
+        (InputContract((1, 6, 6), dtype="uint8", color="L"), "the contract says uint8"),
+        (InputContract((1, 6, 6), color="L", classes=("a", "b")), "2 classes are named, and the network has 3"),
+        (InputContract((1, 6, 6), color="L", preprocess=Preprocess(std=(0.0,))), "a std is 0"),
+    ],
+)
+def test_a_contract_that_does_not_fit_is_refused(contract, message):
+    with pytest.raises(DataError, match=message):
+        export(tiny(), contract=contract)
+
+
+def test_a_program_that_is_not_on_the_cpu_is_refused():
+    with pytest.raises(ModelError, match=r"the program is on meta, and is exported on the CPU\n  hint: export\(program\.cpu\(\)\)"):
+        export(tiny().to("meta"))
+
+
 # --- one static network ---------------------------------------------------------------------------------------------
 
 
@@ -266,6 +314,14 @@ def test_a_static_network_takes_any_batch():
     _, artifact = exported("in_place")
     model = export_static(artifact, exit="exit1")
     assert [run(model, inputs(batch)).shape for batch in (1, 7)] == [(1, 5), (7, 5)]
+
+
+def test_an_exit_with_an_untrained_head_is_no_network_of_its_own():
+    _, artifact = exported("depthwise")
+    fresh = Artifact(replace(artifact.manifest, heads_trained=False), artifact.files)
+    with pytest.raises(PlanError, match="the head of exit1 is untrained, and its answers mean nothing\n  hint: run `exitify train` first"):
+        export_static(fresh, exit="exit1")
+    assert export_static(fresh) == export_static(artifact)
 
 
 def test_an_unknown_exit_is_refused_with_those_there_are():

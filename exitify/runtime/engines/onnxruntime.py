@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from exitify.artifact.artifact import Artifact
-from exitify.errors import EngineError
+from exitify.errors import EngineError, first_line
 from exitify.plan import Stretch
 from exitify.runtime.engines.base import Array, Bound, Engine, Parameters, Runner
 
@@ -62,7 +62,7 @@ class OnnxRuntimeEngine(Engine):
             return ort.InferenceSession(model, options, providers=self.providers)
         except Exception as error:
             raise EngineError(
-                f"ONNX Runtime refuses {', '.join(stretch.segments)}: {_first_line(error)}", "update onnxruntime, or transform the model again"
+                f"ONNX Runtime refuses {', '.join(stretch.segments)}: {first_line(error)}", "update onnxruntime, or transform the model again"
             ) from error
 
 
@@ -113,8 +113,4 @@ class _Binding(Bound):
 
 
 def _failed(stretch: Stretch, error: Exception) -> EngineError:
-    return EngineError(f"ONNX Runtime failed in {', '.join(stretch.segments)}: {_first_line(error)}", "check the input and the memory left")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return EngineError(f"ONNX Runtime failed in {', '.join(stretch.segments)}: {first_line(error)}", "check the input and the memory left")
