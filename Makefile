@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 help:  ## this list
 	@awk -F':.*##' '/^[a-z]+:.*##/ {printf "  make %-8s%s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/demo-ready  ## digits: train a network, give it exits, calibrate, time it (about 2 minutes)
+demo: $(VENV)/demo-ready  ## digits: train a network, give it exits, calibrate, time it (about a minute)
 	$(BIN)/python -m examples.digits.run
 
 test: $(VENV)/dev-ready  ## every check and every test
