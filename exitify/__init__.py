@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from exitify.calibration.calibrate import calibrate as calibrate
     from exitify.errors import ExitifyError as ExitifyError
     from exitify.models import load_model as load_model
-    from exitify.onnx_export.artifact import export as export
     from exitify.onnx_export.static import export_static as export_static
+    from exitify.onnx_export.to_artifact import export as export
     from exitify.pipeline import transform as transform
     from exitify.plan import Plan as Plan
     from exitify.program import ExitOutputs as ExitOutputs
@@ -40,7 +40,7 @@ _HOME = {
     "bench": "exitify.benchmark",
     "calibrate": "exitify.calibration.calibrate",
     "capture": "exitify.tracing",
-    "export": "exitify.onnx_export.artifact",
+    "export": "exitify.onnx_export.to_artifact",
     "export_static": "exitify.onnx_export.static",
     "load_model": "exitify.models",
     "train_heads": "exitify.train.heads",

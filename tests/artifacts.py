@@ -11,7 +11,7 @@ import torch
 
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import ExitSetting, Profile, Promise
-from exitify.onnx_export.artifact import export
+from exitify.onnx_export.to_artifact import export
 from exitify.program import Program
 from tests.helpers import captured, with_exits
 from tests.models import SHAPE

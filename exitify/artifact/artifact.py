@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
 from exitify.artifact.manifest import FORMAT, FileEntry, Manifest, Profile
-from exitify.artifact.onnx_graph import ELEMENT_TYPES, Parameter, Segment, merge, parse, value_info
+from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
     AlteredFile,
@@ -37,8 +37,8 @@ from exitify.plan import Plan, Value
 from exitify.records import dumps, from_json, loads
 
 MANIFEST = "manifest.json"
-WEIGHTS = "model/weights.safetensors"
-HEADS = "model/heads.safetensors"
+WEIGHTS_FILE = "model/weights.safetensors"
+HEADS_FILE = "model/heads.safetensors"
 LARGEST_RECORD = 16 * 2**20
 """Most bytes of the manifest, and of a profile."""
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
@@ -93,10 +93,10 @@ class Artifact:
         return profiles[name]
 
     def tensors(self, path: str) -> dict[str, NDArray[np.generic]]:
-        """The tensors of `WEIGHTS` or `HEADS`, read in place."""
+        """The tensors of `WEIGHTS_FILE` or `HEADS_FILE`, read in place."""
         return read_tensors(memoryview(self.files[path]), path)
 
-    def graph(self, segment: str) -> Segment:
+    def graph(self, segment: str) -> Graph:
         """A segment's ONNX graph."""
         path = graph_path(segment)
         return parse(bytes(self.files[path]), path)
@@ -211,7 +211,7 @@ def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
             raise MissingFile(f"the artifact lacks {path!r}, which its manifest lists", _AGAIN)
         if entry.bytes != len(files[path]) or entry.sha256 != hashlib.sha256(files[path]).hexdigest():
             raise AlteredFile(f"{path!r} in the artifact was altered: its sha256 is not the manifest's", _AGAIN)
-    allowed = {WEIGHTS, HEADS, *(graph_path(segment.name) for segment in manifest.plan.segments)}
+    allowed = {WEIGHTS_FILE, HEADS_FILE, *(graph_path(segment.name) for segment in manifest.plan.segments)}
     for path in files:
         if path not in manifest.files:
             raise ExtraFile(f"the artifact holds {path!r}, which its manifest does not list", "do not use this file")
@@ -260,7 +260,7 @@ def _check_plan(artifact: Artifact) -> None:
 def _check_model(artifact: Artifact) -> None:
     """Every graph has the plan's inputs and outputs, every tensor outside is where the weights have it, every head has its shape."""
     plan = artifact.plan
-    spans = {path: tensor_spans(memoryview(artifact.files[path]), path) for path in (WEIGHTS, HEADS)}
+    spans = {path: tensor_spans(memoryview(artifact.files[path]), path) for path in (WEIGHTS_FILE, HEADS_FILE)}
     looks: dict[str, Value] = {**plan.values, **parameter_values(plan)}
     graphs = {graph_path(segment.name): artifact.graph(segment.name) for segment in plan.segments}
     for segment, (where, graph) in zip(plan.segments, graphs.items()):
@@ -276,9 +276,9 @@ def _check_model(artifact: Artifact) -> None:
     merge(graphs.values(), "the model")
     for point in plan.exits:
         for name in (point.weight, point.bias):
-            span = spans[HEADS].get(name)
+            span = spans[HEADS_FILE].get(name)
             if span is None or span[:2] != (np.dtype(looks[name].dtype), looks[name].shape):
-                raise MalformedManifest(f"{HEADS} lacks {name!r} as {looks[name].dtype} {looks[name].shape}", _AGAIN)
+                raise MalformedManifest(f"{HEADS_FILE} lacks {name!r} as {looks[name].dtype} {looks[name].shape}", _AGAIN)
 
 
 def parameter_values(plan: Plan) -> dict[str, Parameter]:

@@ -34,7 +34,7 @@ _TENSOR_DIMENSION, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATIO
 
 
 @dataclass
-class Segment:
+class Graph:
     """The parts of one segment's ONNX model.
 
     nodes: NodeProto messages in order. made: the node that computes each value, by the value's name.
@@ -61,14 +61,14 @@ class External:
     shape: tuple[int, ...]
 
 
-def parse(data: bytes, where: str) -> Segment:
+def parse(data: bytes, where: str) -> Graph:
     """Return the parts of a segment's model.
 
     Raises:
         MalformedManifest: it is no ONNX model of the kind FORMAT.md allows: one graph of standard operators, without
             subgraphs, functions, or another IR version or opset.
     """
-    segment = Segment()
+    segment = Graph()
     seen: list[int] = []
     for number, value in _fields(data, where):
         seen.append(number)
@@ -86,7 +86,7 @@ def parse(data: bytes, where: str) -> Segment:
     return segment
 
 
-def merge(segments: Iterable[Segment], where: str) -> tuple[list[bytes], dict[str, bytes]]:
+def merge(segments: Iterable[Graph], where: str) -> tuple[list[bytes], dict[str, bytes]]:
     """Return the nodes of all segments in order, and their initializers by name.
 
     Segments may repeat a small computation; it is the same node then, and comes once.
@@ -111,7 +111,7 @@ def merge(segments: Iterable[Segment], where: str) -> tuple[list[bytes], dict[st
     return list(nodes), initializers
 
 
-def join(segments: Sequence[Segment], inputs: Sequence[str], outputs: Sequence[str], values: Mapping[str, Value]) -> bytes:
+def join(segments: Sequence[Graph], inputs: Sequence[str], outputs: Sequence[str], values: Mapping[str, Value]) -> bytes:
     """Return one ONNX model that runs the segments in order.
 
     Args:
@@ -140,7 +140,7 @@ class Parameter(Value):
     """A value without a batch dimension: a tensor that a segment takes as an input."""
 
 
-def _parse_graph(segment: Segment, graph: bytes, where: str) -> None:
+def _parse_graph(segment: Graph, graph: bytes, where: str) -> None:
     links: list[tuple[list[str], list[str]]] = []
     for number, value in _fields(graph, where):
         message = _message(value, where)
@@ -163,7 +163,7 @@ def _parse_graph(segment: Segment, graph: bytes, where: str) -> None:
     _link(segment, links, where)
 
 
-def _link(segment: Segment, links: list[tuple[list[str], list[str]]], where: str) -> None:
+def _link(segment: Graph, links: list[tuple[list[str], list[str]]], where: str) -> None:
     """Follow the names: each is given or computed once, before it is read."""
     known = {*segment.inputs, *segment.initializers}
     _require("" not in known, where, "an input or initializer without a name")

@@ -130,13 +130,13 @@ def original_module(artifact: Artifact, model: str | None, trust: bool) -> Any:
     import numpy as np
     import torch
 
-    from exitify.artifact.artifact import WEIGHTS
+    from exitify.artifact.artifact import WEIGHTS_FILE
     from exitify.models import load_model
 
     if model is None:
         raise ModelError("timing against torch needs the original model", f"give --model {artifact.manifest.model.source or 'MODEL'}")
     module = load_model(model, input_shape=artifact.manifest.input.shape, trust=trust).module
-    tensors = artifact.tensors(WEIGHTS)
+    tensors = artifact.tensors(WEIGHTS_FILE)
     own = {name: torch.from_numpy(np.array(tensors[name])) for name in module.state_dict() if name in tensors}
     try:
         module.load_state_dict(own)

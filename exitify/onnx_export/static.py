@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import numpy_helper
 
-from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact
+from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact
 from exitify.artifact.onnx_graph import join
 from exitify.errors import PlanError
 from exitify.plan import FINAL, Stretch
@@ -29,7 +29,7 @@ def export_static(artifact: Artifact, *, exit: str = FINAL) -> onnx.ModelProto: 
         raise PlanError(f"the head of {exit} is untrained, and its answers mean nothing", "run `exitify train` first")
     graphs = [artifact.graph(name) for name in stretch.segments]
     model = onnx.load_model_from_string(join(graphs, stretch.inputs, stretch.outputs, artifact.plan.values))
-    weights = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}
+    weights = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
     for tensor in model.graph.initializer:
         if tensor.external_data:
             tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from exitify.artifact.artifact import HEADS, NO_PROFILE, Artifact
+from exitify.artifact.artifact import HEADS_FILE, NO_PROFILE, Artifact
 from exitify.artifact.manifest import InputContract, Profile
 from exitify.errors import DataError
 from exitify.pictures import prepare_pictures
@@ -116,7 +116,7 @@ class Session:
         self._dtype = np.dtype(self.contract.dtype)
         self._one_sample = (self.contract.shape, (1, *self.contract.shape))
         self._local = threading.local()
-        self._heads = artifact.tensors(HEADS)
+        self._heads = artifact.tensors(HEADS_FILE)
         self.use(profile)
 
     @classmethod

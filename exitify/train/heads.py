@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from exitify.artifact.artifact import HEADS, Artifact, build_artifact
+from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact
 from exitify.artifact.tensors import write_tensors
 from exitify.data import Samples
 from exitify.errors import DataError, PlanError
 from exitify.files import written_whole
 from exitify.heads import ExitHead
-from exitify.program import HEADS as HEADS_MODULE
+from exitify.program import HEADS
 from exitify.progress import Progress, silent
 from exitify.records import dumps
 from exitify.train.augment import Augmentation
@@ -115,10 +115,10 @@ def train_heads(
     validation = training.file("validation", validation_rows, "none", 0)
     with _torch_threads(threads):
         best, reports = _fit(artifact, heads, files, validation, samples.labels, options, checkpoint, progress)
-    tensors = {f"{HEADS_MODULE}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
+    tensors = {f"{HEADS}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
     kept = {path: data for path, data in artifact.files.items() if not path.startswith("profiles/")}
     manifest = replace(artifact.manifest, heads_trained=True, training_data=samples.identity())
-    trained = build_artifact(manifest, {**kept, HEADS: write_tensors(tensors)})
+    trained = build_artifact(manifest, {**kept, HEADS_FILE: write_tensors(tensors)})
     if save_to is not None:
         trained.save(save_to)
     shutil.rmtree(folder)
@@ -139,11 +139,11 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 def load_heads(artifact: Artifact) -> dict[str, ExitHead]:
     """The artifact's heads as torch modules, with its weights."""
-    tensors = artifact.tensors(HEADS)
+    tensors = artifact.tensors(HEADS_FILE)
     heads = {}
     for point in artifact.plan.exits:
         head = ExitHead(point.head)
-        prefix = f"{HEADS_MODULE}.{point.name}."
+        prefix = f"{HEADS}.{point.name}."
         own = {key.removeprefix(prefix): torch.from_numpy(np.array(tensor)) for key, tensor in tensors.items() if key.startswith(prefix)}
         head.load_state_dict(own)
         heads[point.name] = head

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from exitify.artifact import container
 from exitify.artifact.artifact import (
-    HEADS,
+    HEADS_FILE,
     LARGEST_RECORD,
     MANIFEST,
-    WEIGHTS,
+    WEIGHTS_FILE,
     Artifact,
     build_artifact,
     graph_path,
@@ -148,15 +148,15 @@ def test_the_same_artifact_gives_the_same_bytes(artifact, tmp_path):
 def test_profiles_leave_the_identity_of_the_model_alone_and_weights_do_not(artifact):
     _, plain = exported("depthwise")
     assert artifact.manifest.model_id == plain.manifest.model_id
-    tensors = dict(plain.tensors(HEADS))
+    tensors = dict(plain.tensors(HEADS_FILE))
     tensors["exit_heads.exit1.classifier.bias"] = tensors["exit_heads.exit1.classifier.bias"] + 1
-    assert with_file(plain, HEADS, write_tensors(tensors)).manifest.model_id != plain.manifest.model_id
+    assert with_file(plain, HEADS_FILE, write_tensors(tensors)).manifest.model_id != plain.manifest.model_id
     assert build_artifact(replace(plain.manifest, exitify="0", heads_trained=False), plain.files).manifest.model_id == plain.manifest.model_id
 
 
 def test_tensors_are_read_from_the_file_where_they_stand(artifact, tmp_path):
     opened = Artifact.open(artifact.save(tmp_path / "net.exitify"))
-    for path in (WEIGHTS, HEADS):
+    for path in (WEIGHTS_FILE, HEADS_FILE):
         for tensor in opened.tensors(path).values():
             assert tensor.ctypes.data % 64 == 0
             assert not tensor.flags.owndata
@@ -174,7 +174,7 @@ def test_an_unpacked_artifact_is_a_folder_of_ordinary_onnx_models(name, tmp_path
     _, artifact = exported(name)
     with zipfile.ZipFile(artifact.save(tmp_path / "net.exitify")) as archive:
         archive.extractall(tmp_path)
-    given: dict[str, np.ndarray] = {artifact.plan.input: inputs(2), **artifact.tensors(HEADS)}
+    given: dict[str, np.ndarray] = {artifact.plan.input: inputs(2), **artifact.tensors(HEADS_FILE)}
     given |= {point.temperature: np.array(1, np.float32) for point in artifact.plan.exits}
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -263,7 +263,7 @@ def test_a_manifest_that_is_no_json_is_refused(artifact, text):
         (lambda d: d["plan"].update(surprise=1), r"manifest\.json\.plan has an unknown field 'surprise'"),
         (lambda d: d["input"].update(surprise=1), r"manifest\.json\.input has an unknown field 'surprise'"),
         (lambda d: d["plan"]["segments"][0]["cost"].update(joules=1), r"segments\[0\]\.cost has an unknown field 'joules'"),
-        (lambda d: d["files"][WEIGHTS].update(surprise=1), "has an unknown field 'surprise'"),
+        (lambda d: d["files"][WEIGHTS_FILE].update(surprise=1), "has an unknown field 'surprise'"),
         (lambda d: d.pop("heads_trained"), r"manifest\.json lacks the field 'heads_trained'"),
         (lambda d: d["plan"].pop("values"), r"manifest\.json\.plan lacks the field 'values'"),
         (lambda d: d["plan"]["exits"][0].pop("head"), r"exits\[0\] lacks the field 'head'"),
@@ -273,7 +273,7 @@ def test_a_manifest_that_is_no_json_is_refused(artifact, text):
         (lambda d: d["input"].update(color="CMYK"), r"input\.color is 'CMYK', not one of RGB, L"),
         (lambda d: d["plan"]["segments"][0].update(kind="loop"), r"segments\[0\]\.kind is 'loop', not one of trunk, block, head"),
         (lambda d: d["plan"]["segments"][0]["cost"].update(macs=1.5), r"cost\.macs is 1\.5, not an integer"),
-        (lambda d: d["files"][WEIGHTS].update(bytes="12"), "bytes is '12', not an integer"),
+        (lambda d: d["files"][WEIGHTS_FILE].update(bytes="12"), "bytes is '12', not an integer"),
     ],
 )
 def test_a_manifest_with_other_fields_or_types_is_refused(artifact, edit, message):
@@ -303,7 +303,7 @@ def test_missing_files_are_refused(artifact):
 
 
 def test_weights_heads_and_graphs_must_be_there(artifact):
-    for path in (WEIGHTS, HEADS, graph_path("trunk_final")):
+    for path in (WEIGHTS_FILE, HEADS_FILE, graph_path("trunk_final")):
         files = {name: data for name, data in artifact.files.items() if name != path and not name.startswith("profiles/")}
         with refused("weights, heads and a graph for each segment are there", match=f"lacks '{path}'$|lacks '{path}'\n"):
             reopened(build_artifact(artifact.manifest, files))
@@ -328,9 +328,9 @@ def test_another_model_id_is_refused(artifact):
 
 
 def test_weights_of_another_network_are_refused_although_their_hash_is_listed(artifact):
-    other = {name: tensor + 1 for name, tensor in artifact.tensors(WEIGHTS).items()}
-    mixed = build_artifact(artifact.manifest, {**artifact.files, WEIGHTS: write_tensors(other)}).manifest
-    files = {**files_of(artifact), WEIGHTS: write_tensors(other), MANIFEST: dumps(replace(mixed, model_id=artifact.manifest.model_id))}
+    other = {name: tensor + 1 for name, tensor in artifact.tensors(WEIGHTS_FILE).items()}
+    mixed = build_artifact(artifact.manifest, {**artifact.files, WEIGHTS_FILE: write_tensors(other)}).manifest
+    files = {**files_of(artifact), WEIGHTS_FILE: write_tensors(other), MANIFEST: dumps(replace(mixed, model_id=artifact.manifest.model_id))}
     with refused("model_id is that of plan, graphs and weights", match="model_id is not that of"):
         parse_artifact(packed(files))
 
@@ -412,7 +412,7 @@ def test_values_that_cannot_be_are_refused(artifact, value):
 def test_a_plan_without_segments_is_refused(artifact):
     with refused("every file there is one that this format knows", match="holds 'model/trunk_exit1.onnx'"):
         parse_artifact(with_plan(artifact, segments=()))
-    bare = {path: data for path, data in artifact.files.items() if path in (WEIGHTS, HEADS)}
+    bare = {path: data for path, data in artifact.files.items() if path in (WEIGHTS_FILE, HEADS_FILE)}
     with refused(OUTPUT, match="the plan's output 'fc' is not the scores of some classes, computed by a segment"):
         reopened(build_artifact(replace(artifact.manifest, plan=replace(artifact.plan, segments=(), exits=())), bare))
 
@@ -420,7 +420,7 @@ def test_a_plan_without_segments_is_refused(artifact):
 def test_an_output_that_is_no_scores_is_refused(artifact):
     with refused(OUTPUT, match="the plan's output 'hardswish_1' is not the scores"):
         plan = replace(artifact.plan, output="hardswish_1", exits=(), segments=artifact.plan.segments[:1])
-        files = {path: artifact.files[path] for path in (WEIGHTS, HEADS, graph_path("trunk_exit1"))}
+        files = {path: artifact.files[path] for path in (WEIGHTS_FILE, HEADS_FILE, graph_path("trunk_exit1"))}
         reopened(build_artifact(replace(artifact.manifest, plan=plan), files))
     with refused(OUTPUT, match="the plan's output 'x' is not the scores"):
         parse_artifact(with_plan(artifact, output="x"))
@@ -608,16 +608,16 @@ def test_graphs_that_mean_different_things_by_a_name_are_refused_when_opened(art
 def test_heads_of_another_shape_are_refused(artifact, name, change):
     """The classifiers alone: what else a head has stands before them, so its graph's addresses still hold."""
     _, linear = exported("in_place")
-    tensors = {**linear.tensors(HEADS), name: change(linear.tensors(HEADS)[name])}
+    tensors = {**linear.tensors(HEADS_FILE), name: change(linear.tensors(HEADS_FILE)[name])}
     with refused("every head's weight and bias are there as float32 of the plan's shape", match=f"lacks '{name}' as float32"):
-        reopened(with_file(linear, HEADS, write_tensors({key: tensor for key, tensor in tensors.items() if tensor is not None})))
+        reopened(with_file(linear, HEADS_FILE, write_tensors({key: tensor for key, tensor in tensors.items() if tensor is not None})))
 
 
 def test_weights_that_are_no_safetensors_are_refused_when_opened(artifact):
     with refused("padding is zero", match=r"model/weights\.safetensors: the padding"):
-        data = bytearray(bytes(artifact.files[WEIGHTS]))
+        data = bytearray(bytes(artifact.files[WEIGHTS_FILE]))
         data[-1] = 1
-        reopened(with_file(artifact, WEIGHTS, bytes(data)))
+        reopened(with_file(artifact, WEIGHTS_FILE, bytes(data)))
 
 
 # --- profiles -------------------------------------------------------------------------------------------------------

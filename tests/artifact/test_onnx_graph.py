@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
-from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, graph_path, parameter_values
-from exitify.artifact.onnx_graph import ELEMENT_TYPES, Parameter, Segment, join, merge, parse, value_info
+from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact, graph_path, parameter_values
+from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, join, merge, parse, value_info
 from exitify.errors import MalformedManifest
 from exitify.plan import Value
 from tests.artifact.clauses import refused
@@ -27,7 +27,7 @@ VECTOR = Value((4,), "float32")
 def embedded(artifact: Artifact, model: bytes) -> ModelProto:
     """The model with its external tensors inside."""
     proto = onnx.load_model_from_string(model)
-    tensors = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}
+    tensors = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
     for tensor in proto.graph.initializer:
         if tensor.external_data:
             tensor.CopyFrom(numpy_helper.from_array(tensors[tensor.name], tensor.name))
@@ -42,7 +42,7 @@ def run(model: ModelProto, given: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def parameters(artifact: Artifact) -> dict[str, np.ndarray]:
-    heads = artifact.tensors(HEADS)
+    heads = artifact.tensors(HEADS_FILE)
     return {name: heads.get(name, np.array(1.5, np.float32)) for name in parameter_values(artifact.plan)}
 
 
@@ -298,7 +298,7 @@ def test_bytes_that_are_no_such_message_are_refused(data, message):
         parse(data, "small.onnx")
 
 
-def one_node(op: str, reads: list[str], writes: str, **tensors: float) -> Segment:
+def one_node(op: str, reads: list[str], writes: str, **tensors: float) -> Graph:
     """A segment of one node, its first name its input."""
     graph = helper.make_graph(
         [helper.make_node(op, reads, [writes])],
@@ -310,7 +310,7 @@ def one_node(op: str, reads: list[str], writes: str, **tensors: float) -> Segmen
     return parse(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString(), "one.onnx")
 
 
-def two_nodes(inner: str) -> Segment:
+def two_nodes(inner: str) -> Graph:
     """Neg(Relu(x)), with a name for what only this segment knows."""
     nodes = [helper.make_node("Relu", ["x"], [inner]), helper.make_node("Neg", [inner], ["y"])]
     ends = [[helper.make_tensor_value_info(name, 1, ["batch", 4])] for name in "xy"]

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from exitify.artifact import container
-from exitify.artifact.artifact import WEIGHTS, Artifact
+from exitify.artifact.artifact import WEIGHTS_FILE, Artifact
 from exitify.cli import app
 from exitify.pictures import pixels_to_inputs
 from exitify.runtime.session import Session
@@ -86,7 +86,7 @@ def test_transform_writes_the_network_with_its_exits(journey: dict[str, Any], ma
     assert artifact.manifest.model.source == "digits_net:build"
     assert artifact.manifest.input.classes == tuple(f"digit {i}" for i in range(10))
     assert not artifact.manifest.heads_trained
-    weights = artifact.tensors(WEIGHTS)
+    weights = artifact.tensors(WEIGHTS_FILE)
     for name, tensor in digits.network().state_dict().items():
         np.testing.assert_array_equal(weights[name], tensor.numpy())
 
@@ -317,7 +317,7 @@ def shelf(workshop: Path, journey: dict[str, Any], tmp_path_factory: pytest.Temp
 def _bad_artifacts(folder: Path) -> None:
     whole = (folder / "net.exitify").read_bytes()
     files = {name: bytes(data) for name, data in container.read(whole).items()}
-    start = whole.index(files[WEIGHTS])
+    start = whole.index(files[WEIGHTS_FILE])
 
     def flipped(place: int) -> bytes:
         return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
@@ -335,7 +335,7 @@ def _bad_artifacts(folder: Path) -> None:
         "empty": b"",
         "text": b"not an artifact\n",
         "flipped_start": flipped(10),
-        "flipped_weight": flipped(start + len(files[WEIGHTS]) - 5),
+        "flipped_weight": flipped(start + len(files[WEIGHTS_FILE]) - 5),
         "flipped_directory": flipped(len(whole) - 60),
         "longer": whole + b"!",
         "version": rewritten({**files, "manifest.json": files["manifest.json"].replace(b'"format": 1', b'"format": 2', 1)}),

@@ -14,12 +14,12 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 
 from exitify.artifact import container
-from exitify.artifact.artifact import HEADS, MANIFEST, WEIGHTS, Artifact, graph_path, parse_artifact
+from exitify.artifact.artifact import HEADS_FILE, MANIFEST, WEIGHTS_FILE, Artifact, graph_path, parse_artifact
 from exitify.artifact.manifest import FORMAT, InputContract, Preprocess
 from exitify.errors import DataError, MalformedManifest, ModelError, PlanError
 from exitify.onnx_export import artifact as export_module
-from exitify.onnx_export.artifact import KEPT_INSIDE_BYTES, export
 from exitify.onnx_export.static import export_static
+from exitify.onnx_export.to_artifact import KEPT_INSIDE_BYTES, export
 from exitify.plan import FINAL
 from exitify.program import Program
 from exitify.records import dumps
@@ -76,7 +76,7 @@ def test_every_exit_says_what_torch_says(name):
 def test_every_weight_is_stored_once_and_as_it_was(name):
     program, artifact = exported(name)
     whole = bytes_of(artifact)
-    stored = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}
+    stored = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
     state = {path: tensor.numpy() for path, tensor in program.state_dict().items()}
     for path, tensor in state.items():
         assert stored[path].dtype == tensor.dtype
@@ -107,7 +107,7 @@ def test_norms_are_not_folded(name):
     nodes = [node for model in graphs(artifact) for node in model.graph.node if node.op_type == "BatchNormalization"]
     assert len(norms) >= 3
     assert {tuple(node.input[1:]) for node in nodes} == {tuple(f"{p}.{s}" for s in ("weight", "bias", "running_mean", "running_var")) for p in norms}
-    stored = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}
+    stored = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
     for path, norm in norms.items():
         assert stored[f"{path}.running_var"].tobytes() == norm.running_var.numpy().tobytes()
 
@@ -149,7 +149,7 @@ def test_features_may_be_the_value_itself():
     _, artifact = exported("shared")
     (stretch,) = [stretch for stretch in artifact.plan.stretches(("exit2",)) if stretch.exit == "exit2"]
     assert artifact.plan.segment("head_exit2").inputs == ("mean",)
-    given = {"x": inputs(2), **artifact.tensors(HEADS), "exit_heads.exit2.temperature": np.array(1, np.float32)}
+    given = {"x": inputs(2), **artifact.tensors(HEADS_FILE), "exit_heads.exit2.temperature": np.array(1, np.float32)}
     run_stretch = Session(artifact).engine.prepare(replace(stretch, outputs=("mean", "exit2.z")))
     found = run_stretch({name: given[name] for name in (*stretch.inputs, *stretch.parameters)})
     assert found["mean"].tobytes() == found["exit2.z"].tobytes()
@@ -158,7 +158,7 @@ def test_features_may_be_the_value_itself():
 def test_a_network_without_exits_is_one_segment():
     _, artifact = exported("plain")
     assert [segment.name for segment in artifact.plan.segments] == ["trunk_final"]
-    assert artifact.tensors(HEADS) == {}
+    assert artifact.tensors(HEADS_FILE) == {}
 
 
 @pytest.mark.parametrize("name", EXITS)

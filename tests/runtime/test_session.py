@@ -18,7 +18,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from exitify.artifact.artifact import HEADS, Artifact, build_artifact, graph_path
+from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact, graph_path
 from exitify.artifact.manifest import Preprocess
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import DataError, EngineError, UnknownProfile
@@ -170,7 +170,7 @@ def test_onnx_runtime_agrees_with_the_reference_on_every_stretch(name):
     _, artifact = exported(name)
     plan = artifact.plan
     fast, plain = (engines.make_engine(kind, artifact, 1) for kind in ("onnxruntime", "reference"))
-    given = {plan.input: inputs(2), **{key: np.ascontiguousarray(tensor) for key, tensor in artifact.tensors(HEADS).items()}}
+    given = {plan.input: inputs(2), **{key: np.ascontiguousarray(tensor) for key, tensor in artifact.tensors(HEADS_FILE).items()}}
     given |= {point.temperature: np.array(0.7, np.float32) for point in plan.exits}
     names = [point.name for point in plan.exits]
     compared = 0
@@ -282,7 +282,7 @@ def test_a_graph_that_fails_while_it_runs_is_an_engine_error():
 def test_scores_are_those_of_numpy_at_the_temperature(name, temperature):
     _, artifact = exported(name)
     engine = engines.make_engine("onnxruntime", artifact, 1)
-    given = {artifact.plan.input: inputs(8), **{key: np.ascontiguousarray(tensor) for key, tensor in artifact.tensors(HEADS).items()}}
+    given = {artifact.plan.input: inputs(8), **{key: np.ascontiguousarray(tensor) for key, tensor in artifact.tensors(HEADS_FILE).items()}}
     given |= {point.temperature: np.array(temperature, np.float32) for point in artifact.plan.exits}
     for point in artifact.plan.exits:
         stretch = artifact.plan.stretches((point.name,))[0]
@@ -290,7 +290,7 @@ def test_scores_are_those_of_numpy_at_the_temperature(name, temperature):
         logits = found[point.logits]
         np.testing.assert_allclose(logits, Session(artifact).record(inputs(8)).logits[point.name], rtol=RTOL, atol=ATOL)
         np.testing.assert_allclose(found[point.scores], scores(logits, temperature), rtol=1e-4, atol=2e-6)
-        weight, bias = (artifact.tensors(HEADS)[key] for key in (point.weight, point.bias))
+        weight, bias = (artifact.tensors(HEADS_FILE)[key] for key in (point.weight, point.bias))
         np.testing.assert_allclose(logits, found[point.features] @ weight.T + bias, rtol=RTOL, atol=ATOL)
 
 
@@ -327,8 +327,8 @@ def test_changed_heads_change_the_answer_without_a_new_graph():
     _, artifact = exported("in_place")
     session = session_with(artifact, {"exit1": 0.0})
     point = artifact.plan.exit("exit1")
-    moved = {**artifact.tensors(HEADS), point.bias: artifact.tensors(HEADS)[point.bias] + np.arange(5, dtype=np.float32)}
-    changed = build_artifact(artifact.manifest, {**artifact.files, HEADS: write_tensors(moved)})
+    moved = {**artifact.tensors(HEADS_FILE), point.bias: artifact.tensors(HEADS_FILE)[point.bias] + np.arange(5, dtype=np.float32)}
+    changed = build_artifact(artifact.manifest, {**artifact.files, HEADS_FILE: write_tensors(moved)})
     before, after = session.run(inputs(1)), session_with(changed, {"exit1": 0.0}).run(inputs(1))
     np.testing.assert_allclose(after.logits - before.logits, np.arange(5), atol=1e-5)
 
@@ -555,7 +555,7 @@ def test_stretches_of_the_same_segments_with_other_outputs_are_two():
     _, artifact = exported("identity")
     engine = engines.make_engine("onnxruntime", artifact, 1)
     stretch = artifact.plan.stretches(("exit1",))[0]
-    given = {artifact.plan.input: inputs(1), **{name: np.ascontiguousarray(tensor) for name, tensor in artifact.tensors(HEADS).items()}}
+    given = {artifact.plan.input: inputs(1), **{name: np.ascontiguousarray(tensor) for name, tensor in artifact.tensors(HEADS_FILE).items()}}
     given["exit_heads.exit1.temperature"] = np.array(1, np.float32)
     reads = {name: given[name] for name in (*stretch.inputs, *stretch.parameters)}
     for outputs in (("exit1.logits",), stretch.outputs):

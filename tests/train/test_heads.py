@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact
+from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact
 from exitify.calibration.calibrate import record_outputs
 from exitify.data import load_samples
 from exitify.errors import DataError, PlanError
@@ -55,13 +55,13 @@ def test_trained_heads_know_what_fresh_ones_do_not() -> None:
 def test_the_network_itself_is_the_same_to_the_byte() -> None:
     fresh, trained = content(digits.fresh_artifact()), content(digits.trained_artifact())
     assert list(fresh) == list(trained)
-    assert {path for path in fresh if fresh[path] != trained[path]} == {HEADS}
-    statistics = [name for name in digits.fresh_artifact().tensors(WEIGHTS) if name.endswith(("running_mean", "running_var"))]
+    assert {path for path in fresh if fresh[path] != trained[path]} == {HEADS_FILE}
+    statistics = [name for name in digits.fresh_artifact().tensors(WEIGHTS_FILE) if name.endswith(("running_mean", "running_var"))]
     assert len(statistics) == 8  # of the four norms: they are among the bytes compared
 
 
 def test_every_tensor_of_every_head_is_trained() -> None:
-    fresh, trained = digits.fresh_artifact().tensors(HEADS), digits.trained_artifact().tensors(HEADS)
+    fresh, trained = digits.fresh_artifact().tensors(HEADS_FILE), digits.trained_artifact().tensors(HEADS_FILE)
     assert list(fresh) == list(trained)
     assert len(fresh) == 2 * 14  # two convolutions, two norms of five tensors, and a classifier
     assert [name for name in fresh if np.array_equal(fresh[name], trained[name])] == []
@@ -109,7 +109,7 @@ def test_a_head_is_kept_as_it_was_after_the_epoch_with_the_least_loss(tmp_path: 
     monkeypatch.setattr(training, "_evaluate", evaluate)
     trained, reports = train(tmp_path)
     assert reports == [HeadReport("exit1", 0.2, 1), HeadReport("exit2", 0.3, 2)]
-    tensors = trained.tensors(HEADS)
+    tensors = trained.tensors(HEADS_FILE)
     for name, epoch in (("exit1", 1), ("exit2", 2)):
         np.testing.assert_array_equal(tensors[trained.plan.exit(name).weight], seen[epoch][name].numpy())
     assert not torch.equal(seen[1]["exit1"], seen[2]["exit1"])
@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, undisturbed: tuple[A
 
 def test_another_seed_gives_other_heads(tmp_path: Path, undisturbed: tuple[Artifact, list[HeadReport]]) -> None:
     other, _ = train(tmp_path, replace(QUICK, seed=1))
-    assert content(other)[HEADS] != content(undisturbed[0])[HEADS]
+    assert content(other)[HEADS_FILE] != content(undisturbed[0])[HEADS_FILE]
 
 
 def test_torchs_own_generator_decides_nothing(tmp_path: Path, undisturbed: tuple[Artifact, list[HeadReport]]) -> None:

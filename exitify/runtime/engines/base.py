@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, parameter_values
-from exitify.artifact.onnx_graph import Segment, join
+from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact, parameter_values
+from exitify.artifact.onnx_graph import Graph, join
 from exitify.plan import Stretch, Value
 
 Array = NDArray[Any]
@@ -47,7 +47,7 @@ class Engine(abc.ABC):
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.artifact, self.threads = artifact, threads
-        self.weights = {**artifact.tensors(WEIGHTS), **artifact.tensors(HEADS)}
+        self.weights = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
 
     @abc.abstractmethod
     def prepare(self, stretch: Stretch) -> Runner:
@@ -64,7 +64,7 @@ class Engine(abc.ABC):
     def joined(self, stretch: Stretch) -> tuple[bytes, dict[str, Array]]:
         """The stretch as one ONNX model, and the tensors that stand outside it by name."""
         plan = self.artifact.plan
-        graphs: list[Segment] = [self.artifact.graph(name) for name in stretch.segments]
+        graphs: list[Graph] = [self.artifact.graph(name) for name in stretch.segments]
         looks: dict[str, Value] = {**plan.values, **parameter_values(plan)}
         model = join(graphs, [*stretch.inputs, *stretch.parameters], stretch.outputs, looks)
         return model, {name: self.weights[name] for graph in graphs for name in graph.external}

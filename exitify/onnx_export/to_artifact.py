@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxscript import optimizer
 from torch import fx, nn
 
-from exitify.artifact.artifact import HEADS, WEIGHTS, Artifact, build_artifact, check_artifact, graph_path
+from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact, build_artifact, check_artifact, graph_path
 from exitify.artifact.manifest import FORMAT, InputContract, Manifest, ModelOrigin
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, IR_VERSION, OPSET
 from exitify.artifact.tensors import tensor_spans, write_tensors
@@ -28,8 +28,7 @@ from exitify.heads import HeadWithScores
 from exitify.passes.cost import device_of, example_input
 from exitify.passes.cut_segments import CutSegments
 from exitify.plan import Plan, Segment, Value
-from exitify.program import HEADS as HEADS_MODULE
-from exitify.program import Program, copy_graph, in_mode
+from exitify.program import HEADS, Program, copy_graph, in_mode
 from exitify.runtime.session import Session
 from exitify.version import __version__
 
@@ -64,12 +63,12 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
         network, same = _whole_network(program)
     cut = _Cut(network, same, program)
     files: dict[str, bytes] = {
-        WEIGHTS: write_tensors({name: tensor for name, tensor in cut.tensors.items() if not name.startswith(f"{HEADS_MODULE}.")}),
-        HEADS: write_tensors({name: tensor for name, tensor in cut.tensors.items() if name.startswith(f"{HEADS_MODULE}.")}),
+        WEIGHTS_FILE: write_tensors({name: tensor for name, tensor in cut.tensors.items() if not name.startswith(f"{HEADS}.")}),
+        HEADS_FILE: write_tensors({name: tensor for name, tensor in cut.tensors.items() if name.startswith(f"{HEADS}.")}),
     }
     places = {
         name: (path.removeprefix("model/"), start, end)
-        for path in (WEIGHTS, HEADS)
+        for path in (WEIGHTS_FILE, HEADS_FILE)
         for name, (_, _, start, end) in tensor_spans(memoryview(files[path]), path).items()
     }
     segments = []
@@ -125,7 +124,7 @@ def _whole_network(program: Program) -> tuple[ModelProto, dict[str, list[str]]]:
     _copy_before_overwriting(graph, nodes, program)
     final = next(node for node in graph.nodes if node.op == "output")
     final.args = (tuple(outputs.values()),)
-    module = fx.GraphModule(program.replace(members={HEADS_MODULE: heads}), graph).eval()
+    module = fx.GraphModule(program.replace(members={HEADS: heads}), graph).eval()
     weights = program.state_dict().keys()
 
     def is_no_weight(node: Any) -> bool | None:
