@@ -17,7 +17,7 @@ from exitify.artifact import container
 from exitify.artifact.artifact import HEADS_FILE, MANIFEST, WEIGHTS_FILE, Artifact, graph_path, parse_artifact
 from exitify.artifact.manifest import FORMAT, InputContract, Preprocess
 from exitify.errors import DataError, MalformedManifest, ModelError, PlanError
-from exitify.onnx_export import artifact as export_module
+from exitify.onnx_export import to_artifact as export_module
 from exitify.onnx_export.static import export_static
 from exitify.onnx_export.to_artifact import KEPT_INSIDE_BYTES, export
 from exitify.plan import FINAL
