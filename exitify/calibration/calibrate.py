@@ -316,8 +316,8 @@ def confidence_of(logits: NDArray[np.floating], policy: str) -> NDArray[np.float
 def _excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
     """Errors beyond the full network's, `(K + 1, N)`: half as observed, half as the full network's own probabilities expect.
 
-    Observed errors are few and their differences noisy; the expectation is smooth but trusts the network. The mean of
-    both gave the lowest cost at equal accuracy on unseen samples (docs/measurements.md).
+    Observed errors are few and their differences noisy; expected ones are smooth, but trust the network also where it is
+    wrong. docs/measurements.md compares them.
     """
     predictions = outputs.logits.argmax(axis=2)
     observed = (predictions != outputs.labels).astype(float)
