@@ -25,7 +25,8 @@ COPY_MACS_A_BYTE = 4
 what they would still compute costs more than copying the rows that stay."""
 
 
-@dataclass(frozen=True)
+# Not frozen: each field would be set through a function call, in the path of every answer.
+@dataclass(slots=True)
 class Answer:
     """What the network says of one sample.
 
@@ -42,7 +43,7 @@ class Answer:
     ms: float
     classes: tuple[str, ...]
 
-    @functools.cached_property
+    @property
     def probabilities(self) -> Array:
         """`(classes,)`, at the calibrated temperature."""
         scaled = np.asarray(self.logits, np.float64) / self.temperature
@@ -114,6 +115,7 @@ class Session:
         self.engine: Engine = make_engine(engine, artifact, threads)
         self._classes = artifact.manifest.input.classes
         self._dtype = np.dtype(self.contract.dtype)
+        self._dimensions = len(self.contract.shape)
         self._one_sample = (self.contract.shape, (1, *self.contract.shape))
         self._local = threading.local()
         self._heads = artifact.tensors(HEADS_FILE)
@@ -157,7 +159,7 @@ class Session:
                 raise DataError(f"run() takes one sample, and got {x.shape[0]}", "use run_batch()")
         setup = self._setup
         bound = self._bound(setup)
-        bound.set_input(x.reshape(self._one_sample[1]))
+        bound.set_input(x if x.ndim > self._dimensions else x[None])
         for index, step in enumerate(setup.steps):
             bound.step(index)
             if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
