@@ -294,7 +294,15 @@ class Session:
 
 
 def _is_finite(x: Array) -> bool:
-    """Whether all values are finite: the largest and the smallest are, and a NaN is both."""
+    """Whether all values are finite, by the cheapest look at all of them: what is not finite survives a sum of squares.
+
+    That sum may overflow by itself, and for large arrays would use threads; then the largest and the smallest value tell
+    (a NaN is both).
+    """
+    if x.size <= 8192:
+        flat = x.reshape(-1)
+        if math.isfinite(flat.dot(flat)):
+            return True
     return math.isfinite(np.maximum.reduce(x, axis=None)) and math.isfinite(np.minimum.reduce(x, axis=None))
 
 
