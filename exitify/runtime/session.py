@@ -293,6 +293,7 @@ class Session:
         return x
 
 
+@np.errstate(over="ignore", invalid="ignore")  # whether the sum's overflow is reported depends on the processor's BLAS kernel
 def _is_finite(x: Array) -> bool:
     """Whether all values are finite, by the cheapest look at all of them: what is not finite survives a sum of squares.
 
