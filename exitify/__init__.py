@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from exitify.benchmark import bench as bench
     from exitify.calibration.calibrate import calibrate as calibrate
     from exitify.errors import ExitifyError as ExitifyError
+    from exitify.lower.pipeline import compile_artifact as compile_artifact
     from exitify.models import load_model as load_model
     from exitify.onnx_export.static import export_static as export_static
     from exitify.onnx_export.to_artifact import export as export
@@ -40,6 +41,7 @@ _HOME = {
     "bench": "exitify.benchmark",
     "calibrate": "exitify.calibration.calibrate",
     "capture": "exitify.tracing",
+    "compile_artifact": "exitify.lower.pipeline",
     "export": "exitify.onnx_export.to_artifact",
     "export_static": "exitify.onnx_export.static",
     "load_model": "exitify.models",

@@ -18,7 +18,7 @@ from exitify.progress import Progress, silent
 from exitify.runtime.engines import make_engine
 from exitify.runtime.session import Session
 
-AGAINST = ("onnxruntime", "torch", "inductor")
+AGAINST = ("onnxruntime", "tvm", "torch", "inductor")
 
 WARM_UP = 30
 """Samples run before the clock counts."""
@@ -72,7 +72,7 @@ def bench(
     Args:
         artifact: With or without profiles.
         samples: What to answer; a random `most` of them.
-        against: `onnxruntime` (one graph, bound buffers), `torch` and `inductor` (these need `model`).
+        against: `onnxruntime` or `tvm` (the whole network in that engine, buffers bound once), `torch` and `inductor` (these need `model`).
         profile: See `Session`.
         engine, threads: What runs the artifact; all contenders use as many threads.
         model: The original module, for torch.
@@ -86,7 +86,8 @@ def bench(
     for name in against:
         if name not in AGAINST:
             raise ExitifyError(f"there is no contender {name!r}", f"there are {', '.join(AGAINST)}")
-        contenders[name] = one_graph(artifact, threads, engine) if name == "onnxruntime" else _in_torch(model, threads, name)
+        same = engine if engine.partition(":")[0] == name else name
+        contenders[name] = one_graph(artifact, threads, same) if name in ("onnxruntime", "tvm") else _in_torch(model, threads, name)
     rows = np.random.default_rng(seed).permutation(len(samples))[:most]
     if len(rows) < 2:
         raise DataError(f"{len(rows)} samples are too few to time", "give a few hundred")

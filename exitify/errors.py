@@ -40,6 +40,10 @@ class EngineError(ExitifyError):
     """The engine that should run the segments is missing or refuses them."""
 
 
+class LibraryRefused(EngineError):
+    """A compiled library does not fit the artifact, this machine or this TVM; it is refused before it is loaded."""
+
+
 class RecordError(ExitifyError):
     """A JSON document does not have the fields and types its format names."""
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
-from exitify.artifact.manifest import FORMAT, FileEntry, Manifest, Profile
+from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, Profile
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
@@ -48,13 +48,19 @@ _AGAIN = "get the artifact again"
 NO_PROFILE = "none"
 """What asks for the network without exits, and so no profile's name."""
 
-_PROFILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_TARGET_FILES = ("compiled.json", "library.so", "weights.safetensors")
 T = TypeVar("T")
 
 
 def graph_path(segment: str) -> str:
     """Where a segment's ONNX model stands in the container."""
     return f"model/{segment}.onnx"
+
+
+def target_path(target: str, name: str) -> str:
+    """Where a target's `compiled.json`, `library.so` or `weights.safetensors` stands in the container."""
+    return f"targets/{target}/{name}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,29 @@ class Artifact:
             raise UnknownProfile(f"the artifact has no profile {name!r}", hint)
         return profiles[name]
 
+    @property
+    def targets(self) -> dict[str, Compiled]:
+        """The libraries by their target's name, oldest first."""
+        paths = [path for path in self.files if path.startswith("targets/") and path.endswith("/compiled.json")]
+        return {path.split("/")[1]: _read_record(Compiled, self.files[path], path) for path in paths}
+
+    def with_target(self, compiled: Compiled, library: bytes, weights: bytes) -> Artifact:
+        """The same artifact with this library added, or put in place of the one for that target.
+
+        Args:
+            compiled: What must hold for it to be loaded. library: A shared object. weights: Its derived tensors, safetensors.
+
+        Raises:
+            MalformedManifest: the three do not fit each other. ExitifyError: the target's name cannot be a file's.
+        """
+        check_name("target", compiled.target)
+        parts = dict(zip(_TARGET_FILES, (dumps(compiled), library, weights)))
+        changed = build_artifact(self.manifest, {**self.files, **{target_path(compiled.target, name): data for name, data in parts.items()}})
+        _check_targets(changed)
+        return changed
+
     def tensors(self, path: str) -> dict[str, NDArray[np.generic]]:
-        """The tensors of `WEIGHTS_FILE` or `HEADS_FILE`, read in place."""
+        """The tensors of a safetensors file in the container (`WEIGHTS_FILE` for instance), read in place."""
         return read_tensors(memoryview(self.files[path]), path)
 
     def graph(self, segment: str) -> Graph:
@@ -107,7 +134,7 @@ class Artifact:
         Raises:
             MalformedManifest: the profile is another network's. ExitifyError: the name cannot be a file's.
         """
-        check_profile_name(name)
+        check_name("profile", name)
         changed = build_artifact(self.manifest, {**self.files, f"profiles/{name}.json": dumps(profile)})
         _check_profiles(changed)
         return changed
@@ -143,14 +170,14 @@ class Artifact:
             raise type(error)(f"{path}: {error.problem}", error.hint) from error
 
 
-def check_profile_name(name: str) -> None:
+def check_name(what: str, name: str) -> None:
     """Refuse a name that cannot be a file's.
 
     Raises:
         ExitifyError: it holds something other than letters, digits, `_`, `.`, `-`.
     """
-    if not _PROFILE_NAME.fullmatch(name) or name == NO_PROFILE:
-        raise ExitifyError(f"a profile cannot be called {name!r}", "use up to 64 letters, digits, _, . and -")
+    if not _FILE_NAME.fullmatch(name) or name == NO_PROFILE:
+        raise ExitifyError(f"a {what} cannot be called {name!r}", "use up to 64 letters, digits, _, . and -")
 
 
 def build_artifact(manifest: Manifest, files: Mapping[str, Buffer]) -> Artifact:
@@ -190,6 +217,7 @@ def check_artifact(artifact: Artifact) -> None:
     _check_plan(artifact)
     _check_model(artifact)
     _check_profiles(artifact)
+    _check_targets(artifact)
 
 
 def _read_manifest(data: memoryview) -> Manifest:
@@ -216,7 +244,8 @@ def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
         if path not in manifest.files:
             raise ExtraFile(f"the artifact holds {path!r}, which its manifest does not list", "do not use this file")
         is_profile = path.startswith("profiles/") and path.endswith(".json") and path.count("/") == 1
-        if path not in allowed and not is_profile:
+        is_compiled = path.startswith("targets/") and path.count("/") == 2 and path.endswith(tuple(f"/{name}" for name in _TARGET_FILES))
+        if path not in allowed and not is_profile and not is_compiled:
             raise ExtraFile(f"the artifact holds {path!r}, which format {FORMAT} does not know", "do not use this file")
     for path in allowed:
         if path not in files:
@@ -294,7 +323,7 @@ def parameter_values(plan: Plan) -> dict[str, Parameter]:
 def _check_profiles(artifact: Artifact) -> None:
     exits = {point.name for point in artifact.plan.exits}
     for name, profile in artifact.profiles.items():
-        _translate("a profile", functools.partial(check_profile_name, name))
+        _translate("a profile", functools.partial(check_name, "profile", name))
         if set(profile.exits) != exits or profile.model_id != artifact.manifest.model_id:
             raise MalformedManifest(f"profile {name!r} was made for another network", "calibrate again: `exitify calibrate`")
         for temperature in (profile.final_temperature, *(setting.temperature for setting in profile.exits.values())):
@@ -303,6 +332,26 @@ def _check_profiles(artifact: Artifact) -> None:
                     f"profile {name!r} has a temperature of {temperature}, not one from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}",
                     "calibrate again: `exitify calibrate`",
                 )
+
+
+def _check_targets(artifact: Artifact) -> None:
+    """Each target has its three files, and they fit each other. Whether a library fits the model and the machine, its engine says."""
+    folders = {path.split("/")[1] for path in artifact.files if path.startswith("targets/")}
+    for name in sorted(folders):
+        for file in _TARGET_FILES:
+            if target_path(name, file) not in artifact.files:
+                raise MissingFile(f"the artifact lacks {target_path(name, file)!r}", _AGAIN)
+    known = {segment.name for segment in artifact.plan.segments}
+    for name, compiled in artifact.targets.items():
+        _translate("a target", functools.partial(check_name, "target", name))
+        if compiled.target != name:
+            raise MalformedManifest(f"the library for {name!r} says that it is for {compiled.target[:80]!r}", _AGAIN)
+        if not set(compiled.segments) <= known or (not compiled.left_to and set(compiled.segments) != known):
+            raise MalformedManifest(f"the library for {name!r} was compiled for other segments", "compile again: `exitify compile`")
+        path = target_path(name, "weights.safetensors")
+        listed = [weight for segment in compiled.segments.values() for weight in segment.weights]
+        if sorted(listed) != sorted(tensor_spans(memoryview(artifact.files[path]), path)):
+            raise MalformedManifest(f"{path} does not hold the tensors that the library for {name!r} takes", _AGAIN)
 
 
 def _read_record(kind: type[T], data: Buffer, where: str) -> T:

@@ -174,3 +174,44 @@ class Profile:
     def enabled(self) -> tuple[str, ...]:
         """Names of the exits that are run, then `final`."""
         return (*(name for name, setting in self.exits.items() if setting.enabled), FINAL)
+
+
+@dataclass(frozen=True)
+class CompiledSegment:
+    """One segment in a library.
+
+    graph: sha256 of the graph that it was compiled from.
+    weights: Names of the derived tensors that its function takes behind the plan's inputs and parameters.
+    error: Largest difference from the reference engine when it was compiled, over the largest magnitude of the output.
+    """
+
+    graph: str
+    weights: tuple[str, ...]
+    error: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A library for one target and what must hold for it to be loaded.
+
+    target: The board's name. triple: LLVM's. cpu: LLVM's name of the processor.
+    features: What the processor must have, by the operating system's names.
+    tvm: Version of apache-tvm. tvm_ffi: Version of apache-tvm-ffi. The library runs on this pair alone.
+    segments: What was compiled, by the segment's name, which is its function's name in the library.
+    left_to: What runs the segments that are not in the library: `onnxruntime`, or nothing.
+    sources: sha256 of each source tensor that derived weights were computed from, by name.
+    tolerance: Most that a segment's error may be, by dtype.
+    trials: Candidates that were measured for its kernels.
+    """
+
+    target: str
+    triple: str
+    cpu: str
+    features: tuple[str, ...]
+    tvm: str
+    tvm_ffi: str
+    segments: Mapping[str, CompiledSegment]
+    left_to: Literal["", "onnxruntime"]
+    sources: Mapping[str, str]
+    tolerance: Mapping[str, float]
+    trials: int

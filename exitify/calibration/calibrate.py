@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exitify.artifact.artifact import NO_PROFILE, Artifact, check_profile_name
+from exitify.artifact.artifact import NO_PROFILE, Artifact, check_name
 from exitify.artifact.manifest import ExitSetting, Profile, Promise
 from exitify.calibration.bounds import samples_needed, upper_bound
 from exitify.calibration.temperature import fit_temperature, log_softmax
@@ -93,7 +93,7 @@ def calibrate(
         CalibrationError: no or several promises asked for, heads not trained, too few samples for the promise.
     """
     _check_request(artifact, max_drop, budget_macs, risk)
-    check_profile_name(name)
+    check_name("profile", name)
     if len(samples) < FEWEST_SAMPLES:
         raise CalibrationError(
             f"{len(samples)} samples are too few to calibrate on", f"give at least {FEWEST_SAMPLES}; a thousand and more make the promise sharp"

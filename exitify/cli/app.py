@@ -14,7 +14,7 @@ import typer
 from exitify.cli import build, use
 from exitify.errors import ExitifyError
 
-EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort"}
+EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort", "tvm": "transform"}
 """Which extra brings a package that a command may need and a device may lack."""
 
 
@@ -51,7 +51,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (build.transform, build.train, build.calibrate, use.run, use.bench, use.inspect, build.export, use.targets):
+for command in (build.transform, build.train, build.calibrate, build.compile, use.run, use.bench, use.inspect, build.export, use.targets):
     app.command()(_with_plain_errors(command))
 
 

@@ -1,4 +1,4 @@
-"""Commands of the build machine: transform, train, calibrate, export."""
+"""Commands of the build machine: transform, train, calibrate, compile, export."""
 
 from __future__ import annotations
 
@@ -159,6 +159,37 @@ def calibrate(
                         risk=(parse_risk(risk), None), name=(profile, "default"), policy=(policy, "top1"), engine=(engine, "auto"),
                         threads=(threads, 1), seed=(seed, 0))  # fmt: skip
     show.python_call(f"{finding}.save({str(output or artifact)!r})")
+
+
+def compile(  # noqa: A001
+    artifact: Annotated[Path, ARTIFACT],
+    target: Annotated[str, typer.Option(help="A board's name (`exitify targets`), host, or your own ./my-board.toml.")] = "host",
+    output: Annotated[Path | None, OUTPUT] = None,
+    fallback: Annotated[str, typer.Option(help="onnxruntime: what TVM cannot take is left to it. By default it is refused.")] = "",
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Compile every segment for a target into one library; needs the artifact alone."""
+    from exitify.artifact.artifact import Artifact
+    from exitify.lower.pipeline import compile_artifact
+    from exitify.targets import load_target
+
+    _require_place(output or artifact)
+    if fallback not in ("", "onnxruntime"):
+        raise ExitifyError(f"there is no fallback {fallback!r}", "there is onnxruntime")
+    board = load_target(target)
+    opened = Artifact.open(artifact)
+    with show.progress_bar() as progress:
+        compiled = compile_artifact(opened, board, fallback=fallback, progress=progress)  # type: ignore[arg-type]
+    compiled.save(output or artifact)
+    made = compiled.targets[board.name]
+    if json:
+        show.as_json({"output": str(output or artifact), **vars(made)})
+        return
+    tables.compiled(compiled, made)
+    print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE --engine tvm`")
+    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
+    compiling = show.call("exitify.compile_artifact", opening, f"exitify.targets.load_target({target!r})", fallback=(fallback, ""))
+    show.python_call(f"{compiling}.save({str(output or artifact)!r})")
 
 
 def _require_place(output: Path) -> None:

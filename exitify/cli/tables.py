@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import Profile
+from exitify.artifact.manifest import Compiled, Profile
 from exitify.cli.show import millions, percent, say, table
 from exitify.plan import FINAL, Plan
 
@@ -110,6 +110,17 @@ def artifact(opened: Artifact) -> None:
     exits(opened.plan)
     for name, made in opened.profiles.items():
         profile(name, made)
+    for library in opened.targets.values():
+        compiled(opened, library)
+
+
+def compiled(artifact: Artifact, made: Compiled) -> None:
+    """What stands in a library: segments, what they differ from the reference by, and what is left to another engine."""
+    rows = []
+    for segment in artifact.plan.segments:
+        found = made.segments.get(segment.name)
+        rows.append((segment.name, millions(segment.cost.macs), "TVM" if found else made.left_to, f"{found.error:.1e}" if found else ""))
+    table(f"Library for {made.target} ({made.triple}, {made.cpu})", ("segment", "multiply-adds", "runs on", "difference"), rows)
 
 
 def targets(boards: Sequence[Target]) -> None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from exitify.artifact.manifest import InputContract
 
 PROFILE = typer.Option(help="Calibrated profile; by default the one called 'default', if there is one; none takes no exit.")
-ENGINE = typer.Option(help="auto, onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt or reference.")
+ENGINE = typer.Option(
+    help="auto (onnxruntime), onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, reference; tvm or tvm:TARGET: the compiled library, native code."
+)
 
 
 def run(
@@ -90,7 +92,7 @@ def _stacked(arrays: list[NDArray[Any]]) -> NDArray[np.generic]:
 def bench(
     artifact: Annotated[Path, ARTIFACT],
     data: Annotated[str, DATA],
-    against: Annotated[str, typer.Option(help="onnxruntime, torch, inductor, separated by commas.")] = "onnxruntime",
+    against: Annotated[str, typer.Option(help="onnxruntime, tvm, torch, inductor, separated by commas.")] = "onnxruntime",
     profile: Annotated[str | None, PROFILE] = None,
     engine: Annotated[str, ENGINE] = "auto",
     threads: Annotated[int, THREADS] = 1,
@@ -152,7 +154,7 @@ def inspect(artifact: Annotated[Path, ARTIFACT], json: Annotated[bool, JSON] = F
     opened = Artifact.open(artifact)
     manifest = opened.manifest
     if json:
-        show.as_json({**vars(manifest), "profiles": opened.profiles})
+        show.as_json({**vars(manifest), "profiles": opened.profiles, "targets": opened.targets})
         return
     print(f"{artifact}, {artifact.stat().st_size / 2**20:.1f} MiB")
     tables.artifact(opened)

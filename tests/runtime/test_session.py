@@ -208,7 +208,7 @@ def test_more_threads_in_an_answer_change_nothing():
 @pytest.mark.parametrize("engine", ["tensorflow", "", "onnx", "reference:cuda", "ONNXRUNTIME"])
 def test_an_unknown_engine_is_refused_with_those_there_are(engine):
     _, artifact = exported("plain")
-    with pytest.raises(EngineError, match=f"there is no engine '{engine}'\n  hint: there are auto, onnxruntime, reference"):
+    with pytest.raises(EngineError, match=f"there is no engine '{engine}'\n  hint: there are auto, onnxruntime, tvm, reference"):
         Session(artifact, engine=engine)
 
 

@@ -1,0 +1,80 @@
+"""One segment of an artifact as a Relax function: its graph, norms folded, weights as constants, batch 1."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import onnx
+import onnxscript.optimizer
+import tvm
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from tvm.relax.frontend.onnx import from_onnx
+
+from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact, graph_path
+from exitify.errors import EngineError, first_line
+from exitify.lower.fold_norms import Arrays, fold_norms
+from exitify.lower.head_scores import cut_output, with_scores
+from exitify.plan import Segment
+
+
+class NotLowered(EngineError):
+    """TVM cannot take a segment: an operator is missing, or takes a form that TVM does not know."""
+
+
+def not_lowered(segment: Segment, why: str) -> NotLowered:
+    """The refusal of a segment, with the way round it."""
+    return NotLowered(f"TVM cannot take the segment {segment.name!r}: {why}", "leave such segments to ONNX Runtime: --fallback onnxruntime")
+
+
+def segment_module(artifact: Artifact, segment: Segment) -> tvm.IRModule:
+    """Return a module whose `main` computes the segment's outputs from its inputs and parameters, in the plan's order, at batch 1.
+
+    Raises:
+        NotLowered: TVM's importer does not know an operator; the message names it.
+    """
+    model = _at_batch_one(onnx.load_model_from_string(bytes(artifact.files[graph_path(segment.name)])))
+    weights = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
+    tensors: Arrays = {}
+    for tensor in model.graph.initializer:
+        is_outside = tensor.data_location == TensorProto.EXTERNAL
+        tensors[tensor.name] = weights[tensor.name] if is_outside else numpy_helper.to_array(tensor)
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:
+        tensors[node.output[0]] = _constant(node)
+        model.graph.node.remove(node)
+    point = next((point for point in artifact.plan.exits if point.logits in segment.outputs), None)
+    if point is not None:
+        cut_output(model, point.scores)
+    fold_norms(model, tensors)
+    read = {name for node in model.graph.node for name in node.input}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items() if name in read)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names with dots are given underscores; nothing here reads them
+            module = from_onnx(model)
+    except Exception as error:
+        raise not_lowered(segment, first_line(error)) from error
+    if point is None:
+        return module
+    inputs = (*segment.inputs, *segment.parameters)
+    return with_scores(module, segment.outputs.index(point.logits), inputs.index(point.temperature))
+
+
+def _at_batch_one(model: ModelProto) -> ModelProto:
+    """The model for one sample, what it computes from shapes replaced by constants: TVM's importer wants those known."""
+    for value in (*model.graph.input, *model.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_value = 1
+    if any(node.op_type == "Shape" for node in model.graph.node):
+        model = onnx.shape_inference.infer_shapes(model)
+        onnxscript.optimizer.fold_constants(model)
+    return model
+
+
+def _constant(node: NodeProto) -> NDArray[np.generic]:
+    (attribute,) = node.attribute
+    value = helper.get_attribute_value(attribute)
+    return numpy_helper.to_array(value) if attribute.name == "value" else np.asarray(value, np.float32 if "float" in attribute.name else np.int64)

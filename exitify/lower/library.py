@@ -1,0 +1,165 @@
+"""Segments into one library: Relax functions, kernels scheduled, weights as arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from numpy.typing import NDArray
+from tvm import relax, tirx
+from tvm.relax import transform
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from exitify.artifact.artifact import Artifact
+from exitify.errors import first_line
+from exitify.lower import convolution, linear
+from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
+from exitify.lower.lift_constants import lift_constants
+from exitify.lower.processors import Machine
+from exitify.lower.schedules import default_schedule
+from exitify.plan import Segment
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Segments as functions over kernels that are not scheduled yet.
+
+    module: A Relax function a segment, under the segment's name; and kernels, equal ones once.
+    weights: What each function takes behind the plan's inputs and parameters, in order.
+    """
+
+    module: tvm.IRModule
+    weights: Mapping[str, tuple[NDArray[Any], ...]]
+
+    @property
+    def kernels(self) -> dict[str, tirx.PrimFunc]:
+        """The kernels by name."""
+        return {var.name_hint: function for var, function in self.module.functions_items() if isinstance(function, tirx.PrimFunc)}
+
+
+def lower_segments(artifact: Artifact, segments: Sequence[Segment], machine: Machine, *, leave: bool = False) -> Kernels:
+    """Lower segments to kernels for a machine.
+
+    Args:
+        leave: Whether a segment that TVM cannot take is left out.
+
+    Raises:
+        NotLowered: TVM cannot take a segment, and `leave` is false.
+    """
+    builder = relax.BlockBuilder()
+    weights: dict[str, tuple[NDArray[Any], ...]] = {}
+    for segment in segments:
+        try:
+            lowered = _fused(segment_module(artifact, segment), segment, machine)
+        except NotLowered:
+            if not leave:
+                raise
+            continue
+        function, constants = lift_constants(lowered["main"])
+        known = {
+            var.name_hint: builder.add_func(kernel, var.name_hint) for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)
+        }
+        builder.add_func(_calling(function, known).with_attr("global_symbol", segment.name), segment.name)
+        weights[segment.name] = tuple(constants)
+    return Kernels(builder.get(), weights)
+
+
+def _fused(module: tvm.IRModule, segment: Segment, machine: Machine) -> tvm.IRModule:
+    """Operators to kernels; element-wise ones joined to what they follow."""
+    forms = {"relax.nn.conv2d": convolution.legalize(machine.vectors), "relax.matmul": linear.legalize(machine.vectors)}
+    passes = [
+        transform.FoldConstant(),
+        transform.DecomposeOpsForInference(),
+        transform.LegalizeOps(forms),
+        transform.FoldConstant(),
+        transform.AnnotateTIROpPattern(),
+        transform.FuseOps(),
+        transform.FuseTIR(),
+        transform.DeadCodeElimination(),
+    ]
+    try:
+        with machine.target:
+            fused = tvm.transform.Sequential(passes)(module)
+    except Exception as error:
+        raise not_lowered(segment, first_line(error)) from error
+    left: list[str] = []
+
+    def note(expression: Any) -> None:
+        if isinstance(expression, relax.Call) and isinstance(expression.op, tvm.ir.Op) and expression.op.name != "relax.call_tir":
+            left.append(expression.op.name)
+
+    relax.analysis.post_order_visit(fused["main"], note)
+    if left:
+        raise not_lowered(segment, f"it has no kernel for {', '.join(sorted(set(left)))}")
+    return fused
+
+
+def _calling(function: relax.Function, known: Mapping[str, Any]) -> relax.Function:
+    """The function with its calls of kernels led to those of the same name in another module."""
+    return relax.Function(function.params, _Calling(known).visit_expr(function.body), function.ret_ty, function.is_pure)
+
+
+@mutator
+class _Calling(PyExprMutator):  # type: ignore[misc]
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.known = known
+
+    def visit_global_var_(self, var: Any) -> Any:
+        return self.known[var.name_hint]
+
+
+def scheduled_by_default(kernels: Kernels, machine: Machine) -> dict[str, tirx.PrimFunc]:
+    """Each kernel by the default schedule of its kind."""
+    return {name: default_schedule(kernel, machine.vectors).mod["main"] for name, kernel in kernels.kernels.items()}
+
+
+def build(kernels: Kernels, scheduled: Mapping[str, tirx.PrimFunc], machine: Machine) -> relax.VMExecutable:
+    """Compile functions and scheduled kernels for the machine."""
+    module = tvm.IRModule(dict(kernels.module.functions_items()))
+    for name, kernel in scheduled.items():
+        module[module.get_global_var(name)] = kernel.with_attr("tirx.is_scheduled", True)
+    steps = [
+        transform.RewriteDataflowReshape(),
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+        transform.StaticPlanBlockMemory(),
+        transform.LowerAllocTensor(),
+        transform.KillAfterLastUse(),
+        transform.LowerRuntimeBuiltin(),
+        transform.ComputePrimValue(),
+        transform.VMShapeLower(),
+        transform.AttachGlobalSymbol(),
+    ]
+    with machine.target, silent_stderr():
+        return tvm.compile(module, machine.target, relax_pipeline=tvm.transform.Sequential(steps))
+
+
+def shared_object(executable: relax.VMExecutable, link: Any) -> bytes:
+    """The executable as the bytes of a shared library."""
+    with tempfile.TemporaryDirectory(prefix="exitify-") as folder, silent_stderr():
+        path = Path(folder) / "library.so"
+        executable.export_library(str(path), fcompile=link)
+        return path.read_bytes()
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Without what TVM and LLVM write there themselves; Python's own errors are raised, not written."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -1,0 +1,97 @@
+"""Matrix products with a weight: packed where it is known, read as it is where it is an argument (a head's classifier)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import relax, te, tirx
+
+from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE
+from exitify.lower.vectors import Vectors
+
+ROWS = "exitify.rows"
+"""The product's note on how many rows its tile has; the columns are the last size of the packed weight."""
+
+
+def pack_matrix(weight: NDArray[Any], block: int) -> NDArray[Any]:
+    """Return `(K, O)` as `(ceil(O / block), K, block)`, columns that are missing zero."""
+    depth, columns = weight.shape
+    blocks = -(-columns // block)
+    padded = np.zeros((depth, blocks * block), weight.dtype)
+    padded[:, :columns] = weight
+    return np.ascontiguousarray(padded.reshape(depth, blocks, block).transpose(1, 0, 2))
+
+
+def packed_product(data: te.Tensor, weight: te.Tensor, columns: int, tile_rows: int) -> te.Tensor:
+    """Return `(..., K)` times a packed weight as `(..., O)`; rows are computed for whole tiles, the last row repeated."""
+    *lead, depth = (int(size) for size in data.shape)
+    rows = math.prod(lead)
+    block = int(weight.shape[-1])
+    k = te.reduce_axis((0, depth), name="k")
+    sums = te.compute(
+        (weight.shape[0], -(-rows // tile_rows) * tile_rows, block),
+        lambda o, m, v: te.sum(data[(*_unravel(tirx.min(m, rows - 1), lead), k)] * weight[o, k, v], axis=k),
+        name="product",
+        attrs={ROWS: tile_rows},
+    )
+    return te.compute((*lead, columns), lambda *at: sums[at[-1] // block, _ravel(at[:-1], lead), at[-1] % block], name="unpacked")
+
+
+def dot_products(data: te.Tensor, weight: te.Tensor, lanes: int) -> te.Tensor:
+    """Return `(..., K)` times the transpose of `(O, K)`, as partial sums over every `lanes`-th value and their sum."""
+    *lead, depth = (int(size) for size in data.shape)
+    several = math.gcd(depth, lanes)
+    step = te.reduce_axis((0, depth // several), name="step")
+    partial = te.compute(
+        (*lead, weight.shape[0], several),
+        lambda *at: te.sum(data[(*at[:-2], step * several + at[-1])] * weight[at[-2], step * several + at[-1]], axis=step),
+        name="partial_sums",
+    )
+    lane = te.reduce_axis((0, several), name="lane")
+    return te.compute((*lead, weight.shape[0]), lambda *at: te.sum(partial[(*at, lane)], axis=lane), name="dot_products")
+
+
+def legalize(vectors: Vectors) -> Any:
+    """What `LegalizeOps` is given for `relax.matmul`: the forms above for a weight of rank 2, TVM's own for two activations."""
+
+    def product(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        data, weight = call.args
+        attributes = {"op_pattern": OUT_ELEMENTWISE_FUSABLE}
+        made_by = builder.lookup_binding(weight) if isinstance(weight, relax.Var) else None
+        is_transposed = isinstance(made_by, relax.Call) and made_by.op.name == "relax.permute_dims" and len(weight.ty.shape) == 2
+        if call.ty.dtype == "float32" and isinstance(weight, tvm.ir.GenericConst) and len(weight.ty.shape) == 2:
+            array = weight.value.numpy()
+            rows = math.prod(int(size) for size in data.ty.shape) // array.shape[0]
+            tile = vectors.product_tile(rows, array.shape[1])
+            packed = relax.const(pack_matrix(array, tile.filters))
+            return builder.call_te(
+                lambda x, w: packed_product(x, w, array.shape[1], tile.pixels), data, packed, primfunc_name_hint="product", primfunc_attrs=attributes
+            )
+        if made_by is not None and call.ty.dtype == "float32" and is_transposed and math.prod(int(size) for size in data.ty.shape[:-1]) == 1:
+            return builder.call_te(
+                lambda x, w: dot_products(x, w, vectors.lanes), data, made_by.args[0], primfunc_name_hint="dot_products", primfunc_attrs=attributes
+            )
+        return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
+
+    return product
+
+
+def _unravel(index: Any, sizes: list[int]) -> list[Any]:
+    """The position of the index-th element in an array of these sizes."""
+    at: list[Any] = []
+    for size in reversed(sizes):
+        at.insert(0, index % size if len(at) < len(sizes) - 1 else index)
+        index = index // size
+    return at
+
+
+def _ravel(at: Any, sizes: list[int]) -> Any:
+    """The number of the element at this position."""
+    index = tirx.const(0, "int64")
+    for i, size in zip(at, sizes):
+        index = index * size + i
+    return index

@@ -1,0 +1,69 @@
+"""Matrix products with a weight (`exitify.lower.linear`), with what was fused behind them."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+
+from exitify.lower.linear import ROWS
+from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
+from exitify.lower.vectors import Vectors
+
+
+def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
+    """A packed product in register tiles; dot products a lane at a time."""
+    sch = Schedule(func)
+    blocks = child_blocks(sch)
+    if "product" in blocks:
+        return _packed(sch)
+    if "dot_products" in blocks:
+        return _dots(sch)
+    return None
+
+
+def _packed(sch: Schedule) -> Schedule:
+    blocks = child_blocks(sch)
+    epilogue = inline_between(sch, "product")
+    product = blocks["product"]
+    tile_rows = int(sch.get(product).annotations[ROWS])
+    width = extent(sch, sch.get_loops(product)[2])
+    lead = [extent(sch, loop) for loop in sch.get_loops(epilogue)[:-1]]
+
+    def flat(*at: tirx.Var) -> tuple[tirx.PrimExpr, ...]:
+        index = at[0]
+        for i, size in zip(at[1:-1], lead[1:]):
+            index = index * size + i
+        return index, at[-1]
+
+    if len(lead) > 1:
+        sch.transform_block_layout(epilogue, flat)
+    row, column = sch.get_loops(epilogue)
+    block, lane = sch.split(column, [None, width])
+    strip, row = sch.split(row, [None, tile_rows])
+    sch.reorder(block, strip, row, lane)
+    sch.compute_at(product, strip, preserve_unit_loops=True)
+    *_, rows, lanes, k = sch.get_loops(product)
+    sch.reorder(k, rows, lanes)
+    share(sch, [block, strip])
+    sch.vectorize(lanes)
+    sch.unroll(rows)
+    sch.vectorize(lane)
+    *_, rows, lanes = sch.get_loops(sch.decompose_reduction(product, k))
+    sch.vectorize(lanes)
+    sch.unroll(rows)
+    return sch
+
+
+def _dots(sch: Schedule) -> Schedule:
+    blocks = child_blocks(sch)
+    epilogue = inline_between(sch, "dot_products")
+    *_, column = sch.get_loops(epilogue)
+    total, partial = blocks["dot_products"], blocks["partial_sums"]
+    if epilogue is not total:
+        sch.compute_at(total, column, preserve_unit_loops=True)
+    sch.compute_at(partial, column, preserve_unit_loops=True)
+    *_, lane, step = sch.get_loops(partial)
+    sch.reorder(step, lane)
+    sch.vectorize(lane)
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(partial, step))[-1])
+    return sch

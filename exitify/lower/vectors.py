@@ -1,0 +1,61 @@
+"""What a processor's vector unit holds, and the accumulators that fill it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a convolution keeps in registers: so many output channels for so many pixels of a row.
+
+    along: Which of them a vector register holds. Along pixels the result is NCHW as it is; along filters it can be
+        computed for any width and stride, and is turned round at the end.
+    """
+
+    filters: int
+    pixels: int
+    along: Literal["pixels", "filters"]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A vector unit.
+
+    lanes: float32 values in a register. registers: How many there are.
+    """
+
+    lanes: int
+    registers: int
+
+    @property
+    def accumulators(self) -> int:
+        """Most registers that a tile takes: with more LLVM spills (28 of 32 halved the speed, docs/measurements.md)."""
+        return min(self.registers - 4, 16)
+
+    def tile(self, columns: int, filters: int, stride: int) -> Tile:
+        """The tile for rows of so many pixels, `stride` apart in the input: the one whose work is least, by `_price`."""
+        widths = [self.lanes * k for k in ((1,) if self.lanes > 8 else (1, 2, 3))]  # two of 16 lanes took 1.1 times as long as one
+        tiles = [Tile(block, width, "pixels") for block in (4, 8) for width in widths if stride == 1 and columns % width == 0]
+        tiles += [Tile(width, pixels, "filters") for width in widths for pixels in range(1, self.accumulators + 1)]
+        fitting = [tile for tile in tiles if tile.filters * tile.pixels <= self.accumulators * self.lanes]
+        return min(fitting, key=lambda tile: self._price(tile, columns, filters))
+
+    def product_tile(self, rows: int, columns: int) -> Tile:
+        """The tile of a matrix product, `filters` columns for `pixels` rows; one row is a stream of weights, in several sums at once."""
+        if rows == 1:
+            return Tile(self.lanes * (4 if columns >= self.lanes * 4 else 1), 1, "filters")
+        tiles = [Tile(self.lanes * k, pixels, "filters") for k in (1, 2) for pixels in range(1, self.accumulators // k + 1)]
+        return min(tiles, key=lambda tile: self._price(tile, rows, columns))
+
+    def _price(self, tile: Tile, columns: int, filters: int) -> float:
+        """Relative time: what is computed beyond the image and its channels, loads a multiplication, additions that wait for each other."""
+        across, down = (tile.pixels, tile.filters) if tile.along == "pixels" else (tile.filters, tile.pixels)
+        vectors = across // self.lanes
+        computed = math.ceil(filters / tile.filters) * tile.filters / filters * math.ceil(columns / tile.pixels) * tile.pixels / columns
+        loads = 0.25 * (vectors + down) / (vectors * down)
+        waiting = 0.5 * max(0.0, 1 - vectors * down / 6)
+        turned = 0.05 if tile.along == "filters" else 0.0
+        return computed * (1 + loads + waiting + turned)

@@ -1,0 +1,274 @@
+"""TVM: a library compiled for this machine, run by TVM's runtime alone; its compiler need not be installed.
+
+A compiled library is native code. It is loaded when this engine is asked for by name, never by `auto`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exitify.artifact.artifact import Artifact, graph_path, target_path
+from exitify.artifact.manifest import Compiled
+from exitify.artifact.sources import source_hashes
+from exitify.errors import EngineError, LibraryRefused, first_line
+from exitify.plan import Segment, Stretch
+from exitify.runtime.engines.base import Array, Bound, Engine, Parameters, Runner
+from exitify.targets import processor
+
+# Read by TVM's thread pool when it starts: workers are not tied to cores, which they would share with whatever else runs
+# there, and wait about 50 µs for the next kernel before they sleep, in place of 100 ms.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "200")
+
+import tvm_ffi
+
+ALIGNMENT = 64
+"""What compiled code takes for granted of an array's address; nothing checks it."""
+_AGAIN = "compile again: exitify compile"
+
+_threads = threading.local()
+
+
+class TvmEngine(Engine):
+    """Each segment is a function of the artifact's library; a stretch is a row of calls, and what one returns the next one reads."""
+
+    name = "tvm"
+
+    def __init__(self, artifact: Artifact, threads: int, target: str = "") -> None:
+        """Load the library for a target.
+
+        Args:
+            target: Its name; empty for the only one, or the first that fits this machine.
+
+        Raises:
+            LibraryRefused: there is none, or it does not fit the artifact, this machine or this TVM.
+        """
+        super().__init__(artifact, threads)
+        self.compiled = _choose(artifact, target)
+        self._functions = _load(bytes(artifact.files[target_path(self.compiled.target, "library.so")]))
+        weights = artifact.tensors(target_path(self.compiled.target, "weights.safetensors"))
+        self._weights = {name: _tensor(array) for name, array in weights.items()}
+        self._known: dict[str, _Function] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, stretch: Stretch) -> Runner:
+        return _Runner(self, stretch)
+
+    def bind(self, stretches: Sequence[Stretch], parameters: Parameters) -> Bound:
+        return _Binding(self, stretches, parameters)
+
+    def function(self, segment: str) -> _Function:
+        """A segment's function, looked up once."""
+        with self._lock:
+            if segment not in self._known:
+                self._known[segment] = self._find(self.artifact.plan.segment(segment))
+            return self._known[segment]
+
+    def _find(self, segment: Segment) -> _Function:
+        compiled = self.compiled.segments.get(segment.name)
+        if compiled is None:
+            return _left_to_onnxruntime(self.artifact, segment, self.threads)
+        call, weights = self._functions[segment.name], [self._weights[name] for name in compiled.weights]
+        if len(segment.outputs) == 1:
+            return lambda given: (call(*given, *weights),)
+        return lambda given: call(*given, *weights)
+
+    def use_threads(self) -> None:
+        """Let the calling thread's kernels share its work with as many threads as the engine was given."""
+        if getattr(_threads, "count", 0) != self.threads:
+            _set_threads()(1, self.threads, ["0"] * self.threads)  # the list's length is what counts: nothing is tied to a core
+            _threads.count = self.threads
+
+
+_Function = Callable[[Sequence[Any]], Sequence[Any]]
+"""A segment: inputs and parameters to outputs, all of them tensors, batch 1."""
+
+
+class _Binding(Bound):
+    """Tensors by value; a run overwrites them with what it computes."""
+
+    def __init__(self, engine: TvmEngine, stretches: Sequence[Stretch], parameters: Parameters) -> None:
+        self.engine, self.stretches = engine, stretches
+        plan = engine.artifact.plan
+        value = plan.values[plan.input]
+        self.input = aligned((1, *value.shape), value.dtype)
+        self.values: dict[str, Any] = {plan.input: _tensor(self.input), **{name: _tensor(array) for name, array in parameters.items()}}
+        self.steps = [
+            [(engine.function(s.name), (*s.inputs, *s.parameters), s.outputs) for s in (plan.segment(name) for name in stretch.segments)]
+            for stretch in stretches
+        ]
+
+    def set_input(self, x: Array) -> None:
+        self.engine.use_threads()
+        np.copyto(self.input, x)
+
+    def step(self, index: int) -> None:
+        values = self.values
+        try:
+            for function, reads, writes in self.steps[index]:
+                values.update(zip(writes, function([values[name] for name in reads])))
+        except Exception as error:
+            raise _failed(self.stretches[index], error) from error
+
+    def value(self, name: str) -> Array:
+        return np.from_dlpack(self.values[name])
+
+
+class _Runner(Runner):
+    """Samples one after the other, each through the stretch."""
+
+    def __init__(self, engine: TvmEngine, stretch: Stretch) -> None:
+        self.engine, self.stretch = engine, stretch
+        segments = [engine.artifact.plan.segment(name) for name in stretch.segments]
+        self.steps = [(engine.function(segment.name), segment) for segment in segments]
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.engine.use_threads()
+        parameters = {name: _tensor(inputs[name]) for name in self.stretch.parameters}
+        count = len(inputs[self.stretch.inputs[0]])
+        results: dict[str, list[Array]] = {name: [] for name in self.stretch.outputs}
+        for i in range(count):
+            values = {**parameters, **{name: _tensor(inputs[name][i : i + 1]) for name in self.stretch.inputs}}
+            try:
+                for function, segment in self.steps:
+                    values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
+            except Exception as error:
+                raise _failed(self.stretch, error) from error
+            for name, found in results.items():
+                found.append(np.array(np.from_dlpack(values[name])))
+        return {name: np.concatenate(found) for name, found in results.items()}
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> Array:
+    """An array of zeros at an address that compiled code accepts."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _tensor(array: Array) -> Any:
+    """The array as TVM's tensor: in place where its address allows it, and else a copy."""
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
+        copy = aligned(array.shape, array.dtype.name)
+        np.copyto(copy, array)
+        array = copy
+    if not array.flags.writeable:
+        # DLPack has no read-only arrays and NumPy refuses to pass one on. Weights mapped from the artifact are only read.
+        memory: Any = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+        memory.source = array  # keeps what it points into
+        array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    return tvm_ffi.from_dlpack(array)
+
+
+def _choose(artifact: Artifact, target: str) -> Compiled:
+    """The library's record, everything about it checked that can be without loading it."""
+    targets = artifact.targets
+    if target and target not in targets:
+        there_are = f"it has {', '.join(targets)}" if targets else "it has none"
+        raise LibraryRefused(f"the artifact has no library for {target!r}", f"{there_are}; exitify compile --target {target} makes one")
+    if not targets:
+        raise LibraryRefused("the artifact has no compiled library", "exitify compile --target host makes one, or use the engine onnxruntime")
+    refusals: list[LibraryRefused] = []
+    for name in [target] if target else list(targets):
+        try:
+            _check(artifact, targets[name])
+        except LibraryRefused as refusal:
+            refusals.append(refusal)
+        else:
+            return targets[name]
+    raise refusals[0]
+
+
+def _check(artifact: Artifact, compiled: Compiled) -> None:
+    """Refuse a library for another machine, another TVM, or other graphs or weights than the artifact's."""
+    name = f"the library for {compiled.target!r}"
+    architecture = compiled.triple.split("-")[0]
+    if architecture != processor.architecture():
+        raise LibraryRefused(
+            f"{name} is for {architecture}, and this machine is {processor.architecture()}", "compile for this machine: --target host"
+        )
+    lacking = sorted(set(compiled.features) - processor.features())
+    if lacking:
+        raise LibraryRefused(f"{name} needs a processor with {', '.join(lacking)}", "compile on this machine: --target host")
+    for package, wanted in (("apache-tvm", compiled.tvm), ("apache-tvm-ffi", compiled.tvm_ffi)):
+        found = importlib.metadata.version(package)
+        if found != wanted:
+            raise LibraryRefused(
+                f"{name} was compiled with {package} {wanted}, and {found} is installed", f"pip install '{package}=={wanted}', or {_AGAIN}"
+            )
+    for segment, made in compiled.segments.items():
+        if artifact.manifest.files[graph_path(segment)].sha256 != made.graph:
+            raise LibraryRefused(f"{name} is stale: it was compiled from another graph of {segment!r}", _AGAIN)
+    now = source_hashes(artifact, compiled.segments)
+    stale = sorted(weight for weight in now.keys() | compiled.sources.keys() if now.get(weight) != compiled.sources.get(weight))
+    if stale:
+        others = f" and {len(stale) - 1} others" if len(stale) > 1 else ""
+        raise LibraryRefused(f"{name} is stale: it was compiled from another {stale[0]!r}{others}", _AGAIN)
+
+
+def _load(library: bytes) -> Any:
+    """The library's functions by segment: the shared object from a file that is gone once it is loaded."""
+    _load_runtime()
+    try:
+        with tempfile.TemporaryDirectory(prefix="exitify-") as folder:
+            path = Path(folder) / "library.so"
+            path.write_bytes(library)
+            functions = tvm_ffi.load_module(path, keep_module_alive=True)["vm_load_executable"]()
+    except Exception as error:
+        raise LibraryRefused(
+            f"the library cannot be loaded: {first_line(error)}",
+            "if the folder for temporary files forbids programs, set TMPDIR to one that does not",
+        ) from error
+    cpu, pooled = 1, 2
+    functions["vm_initialization"](cpu, 0, pooled)
+    return functions
+
+
+@functools.lru_cache(maxsize=1)
+def _load_runtime() -> None:
+    """TVM's runtime into this process, without importing tvm, which would bring the compiler."""
+    found = importlib.util.find_spec("tvm")
+    for folder in found.submodule_search_locations or () if found else ():
+        path = Path(folder) / "lib" / "libtvm_runtime.so"
+        if path.is_file():
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+            return
+    raise ModuleNotFoundError("no libtvm_runtime.so", name="apache-tvm")
+
+
+@functools.lru_cache(maxsize=1)
+def _set_threads() -> Callable[[int, int, Sequence[str]], None]:
+    return tvm_ffi.get_global_func("runtime.config_threadpool")
+
+
+def _left_to_onnxruntime(artifact: Artifact, segment: Segment, threads: int) -> _Function:
+    """A segment that TVM could not take, on ONNX Runtime: tensors in and out as NumPy sees them, in place."""
+    from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+    names = (*segment.inputs, *segment.parameters)
+    stretch = Stretch(
+        segments=(segment.name,), inputs=segment.inputs, outputs=segment.outputs, parameters=segment.parameters, exit="", cost=segment.cost
+    )
+    run = OnnxRuntimeEngine(artifact, threads).prepare(stretch)
+
+    def call(given: Sequence[Any]) -> Sequence[Any]:
+        found = run({name: np.from_dlpack(tensor) for name, tensor in zip(names, given)})
+        return [_tensor(found[name]) for name in segment.outputs]
+
+    return call
+
+
+def _failed(stretch: Stretch, error: Exception) -> EngineError:
+    return EngineError(f"TVM failed in {', '.join(stretch.segments)}: {first_line(error)}", "check the input and the memory left")
