@@ -165,12 +165,18 @@ def compile(  # noqa: A001
     artifact: Annotated[Path, ARTIFACT],
     target: Annotated[str, typer.Option(help="A board's name (`exitify targets`), host, or your own ./my-board.toml.")] = "host",
     output: Annotated[Path | None, OUTPUT] = None,
+    trials: Annotated[int, typer.Option(min=0, help="Schedules to measure, over all kernels; what was measured before costs none.")] = 0,
+    rpc: Annotated[str | None, typer.Option(help="Measure on a board: HOST:PORT/KEY of TVM's tracker.")] = None,
+    db: Annotated[Path | None, typer.Option(help="Folder of measurements; by default the user's cache.")] = None,
     fallback: Annotated[str, typer.Option(help="onnxruntime: what TVM cannot take is left to it. By default it is refused.")] = "",
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Compile every segment for a target into one library; needs the artifact alone."""
     from exitify.artifact.artifact import Artifact
     from exitify.lower.pipeline import compile_artifact
+    from exitify.lower.processors import machine_of
+    from exitify.lower.tuning.database import Database
+    from exitify.lower.tuning.measure import RpcRunner, parse_rpc
     from exitify.targets import load_target
 
     _require_place(output or artifact)
@@ -178,8 +184,12 @@ def compile(  # noqa: A001
         raise ExitifyError(f"there is no fallback {fallback!r}", "there is onnxruntime")
     board = load_target(target)
     opened = Artifact.open(artifact)
-    with show.progress_bar() as progress:
-        compiled = compile_artifact(opened, board, fallback=fallback, progress=progress)  # type: ignore[arg-type]
+    database = Database(db) if db else None
+    runner = RpcRunner(machine_of(board), *parse_rpc(rpc)) if rpc else None
+    with show.progress_bar() as progress, show.tuning_bar() as report:
+        compiled = compile_artifact(
+            opened, board, trials=trials, database=database, runner=runner, fallback=fallback, progress=progress, report=report  # type: ignore[arg-type]
+        )  # fmt: skip
     compiled.save(output or artifact)
     made = compiled.targets[board.name]
     if json:
@@ -188,7 +198,9 @@ def compile(  # noqa: A001
     tables.compiled(compiled, made)
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE --engine tvm`")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
-    compiling = show.call("exitify.compile_artifact", opening, f"exitify.targets.load_target({target!r})", fallback=(fallback, ""))
+    compiling = show.call(
+        "exitify.compile_artifact", opening, f"exitify.targets.load_target({target!r})", trials=(trials, 0), fallback=(fallback, "")
+    )
     show.python_call(f"{compiling}.save({str(output or artifact)!r})")
 
 

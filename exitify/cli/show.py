@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +80,27 @@ def progress_bar() -> Iterator[Progress]:
             bars.update(stages[stage], completed=done, total=total)
 
         yield advance
+
+
+@contextmanager
+def tuning_bar() -> Iterator[Callable[[int, int, float, float], None]]:
+    """A bar on stderr for trials: how many, how far the best so far is ahead, the time left; quiet when stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        trials: list[Any] = []
+
+        def report(done: int, budget: int, default: float, best: float) -> None:
+            if not trials:
+                trials.append(bars.add_task("tuning", total=budget))
+            bars.update(
+                trials[0], completed=done, description=f"tuning: {best * 1e3:.3f} ms, {best / default:.3f} of the default" if default else "tuning"
+            )
+
+        yield report
 
 
 def millions(macs: float) -> str:

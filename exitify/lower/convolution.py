@@ -17,8 +17,8 @@ from tvm import relax, te, tirx
 
 from exitify.lower.vectors import Tile, Vectors
 
-PIXELS, ALONG = "exitify.pixels", "exitify.along"
-"""The convolution's notes on its `Tile`; the filters are the last size of the packed weight."""
+PIXELS, ALONG, STRIDE = "exitify.pixels", "exitify.along", "exitify.stride"
+"""The convolution's notes on its `Tile`, whose filters are the last size of the packed weight, and on the columns between two pixels."""
 OUT_ELEMENTWISE_FUSABLE = 4
 """TVM's OpPatternKind: element-wise operators behind it may join it."""
 
@@ -111,7 +111,7 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: T
         (1, weight.shape[0], rows, columns_computed, tile.filters),
         lambda n, o, y, x, v: te.sum(pixel(n, i, y * sy + ry * dy, x * sx + rx * dx) * weight[o, i, ry, rx, v], axis=[i, ry, rx]),
         name="convolution",
-        attrs={PIXELS: tile.pixels, ALONG: tile.along},
+        attrs={PIXELS: tile.pixels, ALONG: tile.along, STRIDE: sx},
     )
 
     def unpacked(n: Any, o: Any, y: Any, x: Any) -> Any:

@@ -61,8 +61,7 @@ def legalize(vectors: Vectors) -> Any:
     def product(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         data, weight = call.args
         attributes = {"op_pattern": OUT_ELEMENTWISE_FUSABLE}
-        made_by = builder.lookup_binding(weight) if isinstance(weight, relax.Var) else None
-        is_transposed = isinstance(made_by, relax.Call) and made_by.op.name == "relax.permute_dims" and len(weight.ty.shape) == 2
+        rows_first = _before_transposing(builder, weight)
         if call.ty.dtype == "float32" and isinstance(weight, tvm.ir.GenericConst) and len(weight.ty.shape) == 2:
             array = weight.value.numpy()
             rows = math.prod(int(size) for size in data.ty.shape) // array.shape[0]
@@ -71,13 +70,23 @@ def legalize(vectors: Vectors) -> Any:
             return builder.call_te(
                 lambda x, w: packed_product(x, w, array.shape[1], tile.pixels), data, packed, primfunc_name_hint="product", primfunc_attrs=attributes
             )
-        if made_by is not None and call.ty.dtype == "float32" and is_transposed and math.prod(int(size) for size in data.ty.shape[:-1]) == 1:
+        if rows_first is not None and call.ty.dtype == "float32" and math.prod(int(size) for size in list(data.ty.shape)[:-1]) == 1:
             return builder.call_te(
-                lambda x, w: dot_products(x, w, vectors.lanes), data, made_by.args[0], primfunc_name_hint="dot_products", primfunc_attrs=attributes
+                lambda x, w: dot_products(x, w, vectors.lanes), data, rows_first, primfunc_name_hint="dot_products", primfunc_attrs=attributes
             )
         return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
 
     return product
+
+
+def _before_transposing(builder: relax.BlockBuilder, weight: Any) -> Any:
+    """The matrix that this one is the transpose of; None if it is none. Operators before the product are kernels already."""
+    made_by = builder.lookup_binding(weight) if isinstance(weight, relax.Var) and len(weight.ty.shape) == 2 else None
+    if isinstance(made_by, relax.Call) and isinstance(made_by.op, tvm.ir.Op) and made_by.op.name == "relax.call_tir":
+        kernel, arguments = made_by.args[0], made_by.args[1].fields
+        if kernel.name_hint.rstrip("0123456789") == "transpose" and len(arguments) == 1:
+            return arguments[0]
+    return None
 
 
 def _unravel(index: Any, sizes: list[int]) -> list[Any]:

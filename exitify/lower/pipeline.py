@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from typing import Literal
+
+from tvm import tirx
 
 from exitify.artifact.artifact import Artifact, graph_path
 from exitify.artifact.manifest import Compiled, CompiledSegment
 from exitify.artifact.sources import source_hashes
 from exitify.artifact.tensors import write_tensors
-from exitify.errors import EngineError
-from exitify.lower.library import build, lower_segments, scheduled_by_default, shared_object
+from exitify.errors import EngineError, ExitifyError
+from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_default, shared_object
 from exitify.lower.linking import link_with, linker
 from exitify.lower.processors import Machine, machine_of
+from exitify.lower.tuning.database import Database, default_folder
+from exitify.lower.tuning.measure import LocalRunner, Runner
+from exitify.lower.tuning.search import Report, tune, unheard
+from exitify.lower.tuning.space import apply
+from exitify.lower.tuning.tasks import task_key, tasks_of
 from exitify.lower.verify import segment_errors
 from exitify.progress import Progress, silent
 from exitify.targets import Target, load_target, processor
@@ -25,15 +33,22 @@ def compile_artifact(
     artifact: Artifact,
     target: Target,
     *,
+    trials: int = 0,
+    database: Database | None = None,
+    runner: Runner | None = None,
     fallback: Literal["", "onnxruntime"] = "",
     progress: Progress = silent,
+    report: Report = unheard,
 ) -> Artifact:
     """Return the artifact with a library for the target.
 
     Args:
         target: The board.
+        trials: Candidates to measure over all kernels; those that a search of this budget has been through cost none.
+        database: What was measured before, and where to add to; without one and without trials, default schedules.
+        runner: Where to measure; by default a process on this machine, if that is the target.
         fallback: What runs segments that TVM cannot take; empty: they are refused.
-        progress: Told of each step.
+        progress: Told of each step. report: Told of each trial.
 
     Raises:
         NotLowered: TVM cannot take a segment. TargetError, NoLinker: there is no way to make code for the target.
@@ -43,17 +58,17 @@ def compile_artifact(
     command = linker(machine.triple.split("-")[0], processor.architecture())
     steps = ("lowering", "compiling", "linking", "checking")
 
-    def report(step: str) -> None:
+    def begin(step: str) -> None:
         progress(step, steps.index(step), len(steps))
 
-    report("lowering")
+    begin("lowering")
     kernels = lower_segments(artifact, artifact.plan.segments, machine, leave=bool(fallback))
-    scheduled = scheduled_by_default(kernels, machine)
-    report("compiling")
+    scheduled, measured = _schedules(kernels, machine, trials, database, runner, report)
+    begin("compiling")
     executable = build(kernels, scheduled, machine)
-    report("linking")
+    begin("linking")
     library = shared_object(executable, link_with(command))
-    report("checking")
+    begin("checking")
     here = machine if machine.is_here else _stand_in(machine)
     checked = executable if machine.is_here else build(kernels, scheduled, here)
     errors = {}
@@ -80,10 +95,36 @@ def compile_artifact(
         left_to=fallback if len(kernels.weights) < len(artifact.plan.segments) else "",
         sources=source_hashes(artifact, kernels.weights),
         tolerance=TOLERANCE,
-        trials=0,
+        trials=measured,
     )
     weights = {name: array for segment, arrays in kernels.weights.items() for name, array in zip(names[segment], arrays)}
     return artifact.with_target(compiled, library, write_tensors(weights))
+
+
+def _schedules(
+    kernels: Kernels, machine: Machine, trials: int, database: Database | None, runner: Runner | None, report: Report
+) -> tuple[dict[str, tirx.PrimFunc], int]:
+    """Each kernel by what was chosen for it, else by default; and how many candidates were measured for them."""
+    scheduled = scheduled_by_default(kernels, machine)
+    if database is None and not trials:
+        return scheduled, 0
+    database = database or Database(default_folder())
+    tasks = tasks_of(kernels, machine)
+    if trials:
+        if runner is None and not machine.is_here:
+            raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
+        measuring = runner or LocalRunner(machine)
+        try:
+            tune(tasks, machine, database, measuring, trials, report)
+        finally:
+            measuring.close()
+    known = {task.key: database.read(task.key) for task in tasks}
+    for name, kernel in kernels.kernels.items():
+        best = known[task_key(kernel, machine)].best
+        if best is not None:
+            with contextlib.suppress(Exception):  # measured for schedules of another release
+                scheduled[name] = apply(kernel, best, machine)
+    return scheduled, sum(found.trials for found in known.values())
 
 
 def _stand_in(machine: Machine) -> Machine:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,9 @@ os.environ.setdefault("TVM_BIND_THREADS", "0")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "200")
 
 import tvm_ffi
+
+if TYPE_CHECKING:
+    from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 ALIGNMENT = 64
 """What compiled code takes for granted of an array's address; nothing checks it."""
@@ -56,11 +59,15 @@ class TvmEngine(Engine):
         """
         super().__init__(artifact, threads)
         self.compiled = _choose(artifact, target)
-        self._functions = _load(bytes(artifact.files[target_path(self.compiled.target, "library.so")]))
+        self._new_machine = _load(bytes(artifact.files[target_path(self.compiled.target, "library.so")]))
         weights = artifact.tensors(target_path(self.compiled.target, "weights.safetensors"))
         self._weights = {name: _tensor(array) for name, array in weights.items()}
-        self._known: dict[str, _Function] = {}
-        self._lock = threading.Lock()
+        self._others = None
+        if any(segment.name not in self.compiled.segments for segment in artifact.plan.segments):
+            from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+            self._others = OnnxRuntimeEngine(artifact, threads)
+        self._own = threading.local()
 
     def prepare(self, stretch: Stretch) -> Runner:
         return _Runner(self, stretch)
@@ -69,17 +76,28 @@ class TvmEngine(Engine):
         return _Binding(self, stretches, parameters)
 
     def function(self, segment: str) -> _Function:
-        """A segment's function, looked up once."""
-        with self._lock:
-            if segment not in self._known:
-                self._known[segment] = self._find(self.artifact.plan.segment(segment))
-            return self._known[segment]
+        """A segment's function for the calling thread, looked up once.
 
-    def _find(self, segment: Segment) -> _Function:
+        TVM's virtual machine keeps the registers of a call in itself, so that each thread has a machine of its own.
+        """
+        own = self._own
+        if not hasattr(own, "machine"):
+            own.machine, own.functions = self._new_machine(), {}
+        if segment not in own.functions:
+            own.functions[segment] = self._find(self.artifact.plan.segment(segment), own.machine)
+        found: _Function = own.functions[segment]
+        return found
+
+    def _find(self, segment: Segment, machine: Any) -> _Function:
         compiled = self.compiled.segments.get(segment.name)
         if compiled is None:
-            return _left_to_onnxruntime(self.artifact, segment, self.threads)
-        call, weights = self._functions[segment.name], [self._weights[name] for name in compiled.weights]
+            assert self._others is not None
+            return _on_onnxruntime(self._others, segment)
+        try:
+            call = machine[segment.name]
+        except AttributeError as error:
+            raise LibraryRefused(f"the library for {self.compiled.target!r} has no function {segment.name!r}", _AGAIN) from error
+        weights = [self._weights[name] for name in compiled.weights]
         if len(segment.outputs) == 1:
             return lambda given: (call(*given, *weights),)
         return lambda given: call(*given, *weights)
@@ -130,18 +148,20 @@ class _Runner(Runner):
 
     def __init__(self, engine: TvmEngine, stretch: Stretch) -> None:
         self.engine, self.stretch = engine, stretch
-        segments = [engine.artifact.plan.segment(name) for name in stretch.segments]
-        self.steps = [(engine.function(segment.name), segment) for segment in segments]
+        self.segments = [engine.artifact.plan.segment(name) for name in stretch.segments]
+        for name in stretch.segments:
+            engine.function(name)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.engine.use_threads()
+        steps = [(self.engine.function(segment.name), segment) for segment in self.segments]
         parameters = {name: _tensor(inputs[name]) for name in self.stretch.parameters}
         count = len(inputs[self.stretch.inputs[0]])
         results: dict[str, list[Array]] = {name: [] for name in self.stretch.outputs}
         for i in range(count):
             values = {**parameters, **{name: _tensor(inputs[name][i : i + 1]) for name in self.stretch.inputs}}
             try:
-                for function, segment in self.steps:
+                for function, segment in steps:
                     values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
             except Exception as error:
                 raise _failed(self.stretch, error) from error
@@ -218,22 +238,27 @@ def _check(artifact: Artifact, compiled: Compiled) -> None:
         raise LibraryRefused(f"{name} is stale: it was compiled from another {stale[0]!r}{others}", _AGAIN)
 
 
-def _load(library: bytes) -> Any:
-    """The library's functions by segment: the shared object from a file that is gone once it is loaded."""
+def _load(library: bytes) -> Callable[[], Any]:
+    """What makes virtual machines, functions by segment: the shared object from a file that is gone once it is loaded."""
     _load_runtime()
     try:
         with tempfile.TemporaryDirectory(prefix="exitify-") as folder:
             path = Path(folder) / "library.so"
             path.write_bytes(library)
-            functions = tvm_ffi.load_module(path, keep_module_alive=True)["vm_load_executable"]()
+            make = tvm_ffi.load_module(path, keep_module_alive=True)["vm_load_executable"]
     except Exception as error:
         raise LibraryRefused(
             f"the library cannot be loaded: {first_line(error)}",
             "if the folder for temporary files forbids programs, set TMPDIR to one that does not",
         ) from error
     cpu, pooled = 1, 2
-    functions["vm_initialization"](cpu, 0, pooled)
-    return functions
+
+    def machine() -> Any:
+        made = make()
+        made["vm_initialization"](cpu, 0, pooled)
+        return made
+
+    return machine
 
 
 @functools.lru_cache(maxsize=1)
@@ -253,15 +278,13 @@ def _set_threads() -> Callable[[int, int, Sequence[str]], None]:
     return tvm_ffi.get_global_func("runtime.config_threadpool")
 
 
-def _left_to_onnxruntime(artifact: Artifact, segment: Segment, threads: int) -> _Function:
+def _on_onnxruntime(engine: OnnxRuntimeEngine, segment: Segment) -> _Function:
     """A segment that TVM could not take, on ONNX Runtime: tensors in and out as NumPy sees them, in place."""
-    from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
-
     names = (*segment.inputs, *segment.parameters)
     stretch = Stretch(
         segments=(segment.name,), inputs=segment.inputs, outputs=segment.outputs, parameters=segment.parameters, exit="", cost=segment.cost
     )
-    run = OnnxRuntimeEngine(artifact, threads).prepare(stretch)
+    run = engine.prepare(stretch)
 
     def call(given: Sequence[Any]) -> Sequence[Any]:
         found = run({name: np.from_dlpack(tensor) for name, tensor in zip(names, given)})

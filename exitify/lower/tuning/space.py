@@ -1,0 +1,126 @@
+"""What could be tried for a kernel: our schedules' own choices, and MetaSchedule's random programs for kernels without any."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.s_tir import Schedule, Trace
+
+from exitify.lower.processors import Machine
+from exitify.lower.schedules import convolution, default_schedule
+from exitify.lower.tuning.database import Choice, Known, choice_text
+
+
+def candidates(kernel: tirx.PrimFunc, machine: Machine, known: Known, seed: int) -> Iterator[Choice | None]:
+    """Yield what to measure next, the default (None) first; ends when there is nothing left.
+
+    `known` is read again before each: of a convolution's choices those nearest to the best come first.
+    """
+    if choice_text(None) not in known.seconds:
+        yield None
+    ours = convolution.choices(kernel, machine.vectors)
+    if ours:
+        yield from _nearest(ours, known, random.Random(seed))  # noqa: S311
+    else:
+        yield from _random_programs(kernel, machine, known, seed)
+
+
+def apply(kernel: tirx.PrimFunc, choice: Choice | None, machine: Machine) -> tirx.PrimFunc:
+    """The kernel, scheduled.
+
+    Raises:
+        Exception: of TVM, when the choice does not fit the kernel.
+    """
+    if choice is None:
+        return default_schedule(kernel, machine.vectors).mod["main"]
+    if "convolution" in choice:
+        made = convolution.schedule(kernel, machine.vectors, convolution.Choice(**choice["convolution"]))
+        assert made is not None
+        return made.mod["main"]
+    schedule = Schedule(kernel)
+    Trace.apply_json_to_schedule(choice["trace"], schedule)
+    return schedule.mod["main"]
+
+
+def _nearest(choices: list[convolution.Choice], known: Known, order: random.Random) -> Iterator[Choice]:
+    """Choices that differ least from the best so far, in random order among equals."""
+    order.shuffle(choices := list(choices[1:]))
+    while True:
+        open_ = [choice for choice in choices if choice_text(_as_data(choice)) not in known.seconds]
+        if not open_:
+            return
+        measured = [choice for choice in choices if choice_text(_as_data(choice)) in known.seconds]
+        best = min(measured, key=lambda choice: known.seconds[choice_text(_as_data(choice))], default=None)
+        yield _as_data(min(open_, key=lambda choice: _distance(choice, best)) if best else open_[0])
+
+
+def _distance(a: convolution.Choice, b: convolution.Choice) -> int:
+    return sum(getattr(a, field.name) != getattr(b, field.name) for field in dataclasses.fields(a))
+
+
+def _as_data(choice: convolution.Choice) -> Choice:
+    return {"convolution": dataclasses.asdict(choice)}
+
+
+def _random_programs(kernel: tirx.PrimFunc, machine: Machine, known: Known, seed: int) -> Iterator[Choice]:
+    """MetaSchedule's programs for the kernel, each once."""
+    with _quick_inspection():
+        from tvm.s_tir import meta_schedule
+
+    context = meta_schedule.TuneContext(
+        tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}),
+        target=machine.target,
+        space_generator="post-order-apply",
+        search_strategy="replay-trace",
+        task_name="kernel",
+        rand_state=seed + 1,
+        num_threads=1,
+    )
+    context.pre_tuning(max_trials=10_000, num_trials_per_iter=1, design_spaces=context.generate_design_space())
+    for _ in range(1000):
+        found = context.generate_measure_candidates()
+        if not found:
+            return
+        choice = {"trace": _plain(found[0].sch.trace.as_json())}
+        if choice_text(choice) not in known.seconds:
+            yield choice
+
+
+def _plain(value: Any) -> Any:
+    """A trace as plain JSON values."""
+    if isinstance(value, (str, type(None), bool, int, float)):
+        return value
+    if hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "__iter__"):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", str(value))
+
+
+@contextlib.contextmanager
+def _quick_inspection() -> Iterator[None]:
+    """MetaSchedule's import asks for the whole stack a few hundred times, 38 to 150 s; who called is all it wants to know."""
+    slow = inspect.stack
+
+    def quick(context: int = 1) -> list[inspect.FrameInfo]:
+        frames = []
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+            frame = frame.f_back  # type: ignore[assignment]
+        return frames
+
+    inspect.stack = quick
+    try:
+        yield
+    finally:
+        inspect.stack = slow

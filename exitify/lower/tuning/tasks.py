@@ -1,0 +1,56 @@
+"""What is tuned: each different kernel once, however many segments call it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm_ffi import structural_hash
+
+from exitify.lower.library import Kernels
+from exitify.lower.processors import Machine
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kernel to be tuned.
+
+    name: As the library calls it, for people. key: sha256 of the kernel, the machine and TVM's version: the same in every artifact.
+    calls: How often a run of all segments calls it.
+    """
+
+    name: str
+    kernel: tirx.PrimFunc
+    key: str
+    calls: int
+
+
+def tasks_of(kernels: Kernels, machine: Machine) -> list[Task]:
+    """The tasks, those of one key joined."""
+    calls: Counter[str] = Counter()
+
+    def note(expression: Any) -> None:
+        if isinstance(expression, relax.Call) and expression.args and isinstance(expression.args[0], tvm.ir.GlobalVar):
+            calls[expression.args[0].name_hint] += 1
+
+    for function in kernels.module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, note)
+    tasks: dict[str, Task] = {}
+    for name, kernel in kernels.kernels.items():
+        key = task_key(kernel, machine)
+        known = tasks.get(key)
+        tasks[key] = Task(known.name if known else name, kernel, key, calls[name] + (known.calls if known else 0))
+    return list(tasks.values())
+
+
+def task_key(kernel: tirx.PrimFunc, machine: Machine) -> str:
+    """The content hash under which a kernel's measurements are kept; names of variables do not count."""
+    structure = structural_hash(kernel.without_attr("global_symbol"), map_free_vars=True)
+    parts = (structure, machine.triple, machine.cpu, machine.attributes, machine.vectors, machine.tuned_on, importlib.metadata.version("apache-tvm"))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
