@@ -1,4 +1,4 @@
-"""The artifact: one file with plan, graphs, weights and profiles. Opening and inspecting it executes nothing."""
+"""The artifact: one file with plan, graphs, weights, profiles and libraries. Opening and inspecting it executes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 WEIGHTS_FILE = "model/weights.safetensors"
 HEADS_FILE = "model/heads.safetensors"
 LARGEST_RECORD = 16 * 2**20
-"""Most bytes of the manifest, and of a profile."""
+"""Most bytes of the manifest, of a profile, and of what a library says of itself."""
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 """Beyond these, float32 softmax says nothing; calibration stays within 0.05 and 20."""
 
@@ -49,6 +49,7 @@ NO_PROFILE = "none"
 """What asks for the network without exits, and so no profile's name."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_WORD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _TARGET_FILES = ("compiled.json", "library.so", "weights.safetensors")
 T = TypeVar("T")
 
@@ -187,7 +188,7 @@ def build_artifact(manifest: Manifest, files: Mapping[str, Buffer]) -> Artifact:
 
 
 def model_id(plan: Plan, files: Mapping[str, FileEntry]) -> str:
-    """The identity to which profiles, targets and device states bind: sha256 over the plan and the hashes of graphs and weights."""
+    """The identity to which profiles and device states bind: sha256 over the plan and the hashes of graphs and weights."""
     hashes = {path: entry.sha256 for path, entry in sorted(files.items()) if path.startswith("model/")}
     return hashlib.sha256(dumps({"plan": plan, "files": hashes})).hexdigest()
 
@@ -346,6 +347,9 @@ def _check_targets(artifact: Artifact) -> None:
         _translate("a target", functools.partial(check_name, "target", name))
         if compiled.target != name:
             raise MalformedManifest(f"the library for {name!r} says that it is for {compiled.target[:80]!r}", _AGAIN)
+        for word in (compiled.triple, compiled.cpu, *compiled.features, compiled.tvm, compiled.tvm_ffi):
+            if not _WORD.fullmatch(word):  # they stand in messages, one of them in a command to copy
+                raise MalformedManifest(f"the library for {name!r} names {word[:80]!r} as a part of its machine or of TVM", _AGAIN)
         if not set(compiled.segments) <= known or (not compiled.left_to and set(compiled.segments) != known):
             raise MalformedManifest(f"the library for {name!r} was compiled for other segments", "compile again: `exitify compile`")
         path = target_path(name, "weights.safetensors")

@@ -97,7 +97,7 @@ class FileEntry:
 class Manifest:
     """The artifact's first file.
 
-    model_id: sha256 over plan, graphs and source weights; profiles, targets and device states bind to it.
+    model_id: sha256 over plan, graphs and source weights; profiles and device states bind to it.
     heads_trained: Whether the heads have been trained; fresh ones say nothing.
     training_data: `Samples.identity()` of what they were trained on, empty when not known.
     """

@@ -26,7 +26,9 @@ def _with_plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, **options)
         except KeyboardInterrupt:
-            raise ExitifyError("interrupted; nothing was changed", "give the same command again; `exitify train` goes on where it was") from None
+            raise ExitifyError(
+                "interrupted; nothing was changed", "give the same command again; `train` and `compile --trials` go on where they were"
+            ) from None
         except ModuleNotFoundError as error:
             if error.name not in EXTRAS:
                 raise

@@ -36,5 +36,5 @@ def make_engine(name: str, artifact: Artifact, threads: int) -> Engine:
 
         return OnnxRuntimeEngine(artifact, threads, provider or "cpu")
     except ModuleNotFoundError as error:
-        extra = {"reference": "transform", "tvm": "tvm"}.get(kind, "ort")
+        extra = "ort" if error.name == "onnxruntime" else {"reference": "transform", "tvm": "tvm"}.get(kind, "ort")
         raise EngineError(f"the engine {name!r} needs {error.name}, which is not installed", f"pip install 'exitify[{extra}]'") from error

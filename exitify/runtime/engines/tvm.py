@@ -24,6 +24,7 @@ from exitify.artifact.sources import source_hashes
 from exitify.errors import EngineError, LibraryRefused, first_line
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines.base import Array, Bound, Engine, Parameters, Runner
+from exitify.runtime.engines.elf import architecture_of
 from exitify.targets import processor
 
 # Read by TVM's thread pool when it starts: workers are not tied to cores, which they would share with whatever else runs
@@ -40,7 +41,15 @@ ALIGNMENT = 64
 """What compiled code takes for granted of an array's address; nothing checks it."""
 _AGAIN = "compile again: exitify compile"
 
-_threads = threading.local()
+
+class _Process:
+    """Threads of all engines in this process. most: That one of them was given. latest: What kernels were last set to."""
+
+    most = 1
+    latest = 0
+
+
+_process, _own_threads = _Process(), threading.local()
 
 
 class TvmEngine(Engine):
@@ -68,6 +77,7 @@ class TvmEngine(Engine):
 
             self._others = OnnxRuntimeEngine(artifact, threads)
         self._own = threading.local()
+        _process.most = max(_process.most, threads)
 
     def prepare(self, stretch: Stretch) -> Runner:
         return _Runner(self, stretch)
@@ -103,10 +113,16 @@ class TvmEngine(Engine):
         return lambda given: call(*given, *weights)
 
     def use_threads(self) -> None:
-        """Let the calling thread's kernels share its work with as many threads as the engine was given."""
-        if getattr(_threads, "count", 0) != self.threads:
-            _set_threads()(1, self.threads, ["0"] * self.threads)  # the list's length is what counts: nothing is tied to a core
-            _threads.count = self.threads
+        """Let the calling thread's kernels share its work with as many threads as the engine was given.
+
+        A calling thread has workers of its own, made at its first call and never more: enough for every engine there is then.
+        Whether kernels use them at all is one setting for the process, which another engine may have changed.
+        """
+        if not hasattr(_own_threads, "count"):
+            _set_threads(_process.most)
+        if getattr(_own_threads, "count", 0) != self.threads or _process.latest != self.threads:
+            _set_threads(self.threads)
+            _own_threads.count = _process.latest = self.threads
 
 
 _Function = Callable[[Sequence[Any]], Sequence[Any]]
@@ -235,12 +251,18 @@ def _check(artifact: Artifact, compiled: Compiled) -> None:
     stale = sorted(weight for weight in now.keys() | compiled.sources.keys() if now.get(weight) != compiled.sources.get(weight))
     if stale:
         others = f" and {len(stale) - 1} others" if len(stale) > 1 else ""
-        raise LibraryRefused(f"{name} is stale: it was compiled from another {stale[0]!r}{others}", _AGAIN)
+        raise LibraryRefused(f"{name} is stale: it was compiled from another {stale[0][:80]!r}{others}", _AGAIN)
 
 
 def _load(library: bytes) -> Callable[[], Any]:
     """What makes virtual machines, functions by segment: the shared object from a file that is gone once it is loaded."""
     _load_runtime()
+    try:
+        made_for = architecture_of(library)
+    except ValueError as error:
+        raise LibraryRefused(f"the library is not whole: {error}", _AGAIN) from error
+    if made_for != processor.architecture():
+        raise LibraryRefused(f"the library is for {made_for}, whatever its record says", _AGAIN)
     try:
         with tempfile.TemporaryDirectory(prefix="exitify-") as folder:
             path = Path(folder) / "library.so"
@@ -274,8 +296,12 @@ def _load_runtime() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _set_threads() -> Callable[[int, int, Sequence[str]], None]:
+def _configure() -> Callable[[int, int, Sequence[str]], None]:
     return tvm_ffi.get_global_func("runtime.config_threadpool")
+
+
+def _set_threads(count: int) -> None:
+    _configure()(1, count, ["0"] * count)  # the list's length is what counts: nothing is tied to a core
 
 
 def _on_onnxruntime(engine: OnnxRuntimeEngine, segment: Segment) -> _Function:
