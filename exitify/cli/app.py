@@ -14,7 +14,7 @@ import typer
 from exitify.cli import build, use
 from exitify.errors import ExitifyError
 
-EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort", "tvm": "transform"}
+EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort", "tvm": "compile"}
 """Which extra brings a package that a command may need and a device may lack."""
 
 

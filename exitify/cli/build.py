@@ -172,7 +172,7 @@ def compile(  # noqa: A001
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Compile every segment for a target into one library; needs the artifact alone."""
-    from exitify.artifact.artifact import Artifact
+    from exitify.artifact.artifact import Artifact, check_name
     from exitify.lower.pipeline import compile_artifact
     from exitify.lower.processors import machine_of
     from exitify.lower.tuning.database import Database
@@ -183,6 +183,7 @@ def compile(  # noqa: A001
     if fallback not in ("", "onnxruntime"):
         raise ExitifyError(f"there is no fallback {fallback!r}", "there is onnxruntime")
     board = load_target(target)
+    check_name("target", board.name)
     opened = Artifact.open(artifact)
     database = Database(db) if db else None
     runner = RpcRunner(machine_of(board), *parse_rpc(rpc)) if rpc else None

@@ -55,6 +55,8 @@ def compile_artifact(
         EngineError: a compiled segment differs from the reference by more than `TOLERANCE`.
     """
     machine = machine_of(target)
+    if trials and runner is None and not machine.is_here:
+        raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
     command = linker(machine.triple.split("-")[0], processor.architecture())
     steps = ("lowering", "compiling", "linking", "checking")
 
@@ -111,8 +113,6 @@ def _schedules(
     database = database or Database(default_folder())
     tasks = tasks_of(kernels, machine)
     if trials:
-        if runner is None and not machine.is_here:
-            raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
         measuring = runner or LocalRunner(machine)
         try:
             tune(tasks, machine, database, measuring, trials, report)

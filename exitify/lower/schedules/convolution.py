@@ -71,8 +71,9 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors, choice: Choice | None = None
     _, _, rows, columns = (extent(sch, loop) for loop in sch.get_loops(epilogue))
     if computed_rows != rows:  # pointwise: all pixels in one row
         sch.transform_block_layout(epilogue, lambda n, o, y, x: (n, o, y * columns + x))
-    if choice.along == "pixels":
-        sch.transform_layout(convolution, ("write", 0), lambda n, o, y, x, v: (n, o, y, v, x))
+    along_pixels = choice.along == "pixels"
+    # Along filters the layout stays, and what the epilogue reads is simplified: p // columns * columns + p % columns is p.
+    sch.transform_layout(convolution, ("write", 0), lambda n, o, y, x, v: (n, o, y, v, x) if along_pixels else (n, o, y, x, v))
     n, o, *y, x = sch.get_loops(epilogue)
     block, channel = sch.split(o, [None, filters])
     strip, pixel = sch.split(x, [None, choice.pixels])

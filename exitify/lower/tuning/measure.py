@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import tvm
 from tvm import tirx
 
@@ -116,41 +117,56 @@ class RpcRunner(Runner):
         Raises:
             ExitifyError: nobody answers there, or no board is registered under the key.
         """
-        self.machine = machine
+        self.machine, self.place = machine, (host, port, key)
         self._command = linker(machine.triple.split("-")[0], processor.architecture())
-        try:
-            tracker = tvm.rpc.connect_tracker(host, port)
-            self._remote = tracker.request(key, priority=0, session_timeout=0)
-        except Exception as error:
-            raise ExitifyError(
-                f"no board answers at {host}:{port}/{key}: {first_line(error)}",
-                "start `python -m tvm.exec.rpc_tracker` here and `python -m tvm.exec.rpc_server --tracker` there",
-            ) from error
+        self._uploaded = 0
+        self._remote = self._request()
 
     def seconds(self, kernels: Sequence[tirx.PrimFunc], repeats: int) -> list[float]:
-        device = self._remote.cpu()
-        timers, arguments = [], []
         try:
-            for i, kernel in enumerate(kernels):
-                module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
-                with tempfile.TemporaryDirectory(prefix="exitify-") as folder, silent_stderr():
-                    path = Path(folder) / f"kernel{i}.so"
-                    tvm.compile(module, target=self.machine.target).export_library(str(path), fcompile=link_with(self._command))
-                    self._remote.upload(str(path))
-                timers.append(self._remote.load_module(f"kernel{i}.so").time_evaluator("main", device, number=1, repeat=1, min_repeat_ms=5))
-                shapes = [(tuple(int(size) for size in p.shape), str(p.dtype)) for p in kernel.params]
-                arguments.append([tvm.runtime.empty(shape, dtype, device) for shape, dtype in shapes])
-            times: list[list[float]] = [[] for _ in timers]
-            for _ in range(repeats):
-                for timer, given, found in zip(timers, arguments, times):
-                    found.append(timer(*given).mean)
+            return self._timed([self._compiled(kernel) for kernel in kernels], kernels, repeats)
         except Exception as error:
+            self._remote = self._request()  # a kernel that crashed took the board's session with it
             raise NotMeasured(first_line(error)) from error
-        return [sorted(found)[len(found) // 2] for found in times]
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            del self._remote
+        self._remote = None
+
+    def _request(self) -> Any:
+        host, port, key = self.place
+        hint = "start `python -m tvm.exec.rpc_tracker` here and `python -m tvm.exec.rpc_server --tracker HOST:PORT --key KEY` there"
+        try:
+            socket.create_connection((host, port), timeout=10).close()  # TVM itself would try for ever
+            tracker = tvm.rpc.connect_tracker(host, port)
+            if key not in tracker.summary()["queue_info"]:
+                raise ExitifyError(f"no board is registered as {key!r} at {host}:{port}", hint)
+            return tracker.request(key, priority=0, session_timeout=0)
+        except ExitifyError:
+            raise
+        except Exception as error:
+            raise ExitifyError(f"no board answers at {host}:{port}: {first_line(error)}", hint) from error
+
+    def _compiled(self, kernel: tirx.PrimFunc) -> Any:
+        """The kernel on the board. Each under a name of its own: a library that is loaded must not be written over."""
+        self._uploaded += 1
+        name = f"kernel{self._uploaded}.so"
+        module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+        with tempfile.TemporaryDirectory(prefix="exitify-") as folder, silent_stderr():
+            path = Path(folder) / name
+            tvm.compile(module, target=self.machine.target).export_library(str(path), fcompile=link_with(self._command))
+            self._remote.upload(str(path))
+        return self._remote.load_module(name)
+
+    def _timed(self, modules: Sequence[Any], kernels: Sequence[tirx.PrimFunc], repeats: int) -> list[float]:
+        device = self._remote.cpu()
+        timers = [module.time_evaluator("main", device, number=1, repeat=1, min_repeat_ms=5) for module in modules]
+        looks = [[(tuple(int(size) for size in p.shape), str(p.dtype)) for p in kernel.params] for kernel in kernels]
+        arguments = [[tvm.runtime.tensor(np.ones(shape, dtype), device) for shape, dtype in look] for look in looks]
+        times: list[list[float]] = [[] for _ in timers]
+        for _ in range(repeats):
+            for timer, given, found in zip(timers, arguments, times):
+                found.append(timer(*given).mean)
+        return [sorted(found)[len(found) // 2] for found in times]
 
 
 def parse_rpc(text: str) -> tuple[str, int, str]:

@@ -73,6 +73,7 @@ def _as_data(choice: convolution.Choice) -> Choice:
 def _random_programs(kernel: tirx.PrimFunc, machine: Machine, known: Known, seed: int) -> Iterator[Choice]:
     """MetaSchedule's programs for the kernel, each once."""
     with _quick_inspection():
+        import tvm.s_tir.tensor_intrin  # what takes so long; a TuneContext imports it
         from tvm.s_tir import meta_schedule
 
     context = meta_schedule.TuneContext(
