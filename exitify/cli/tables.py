@@ -120,7 +120,8 @@ def compiled(artifact: Artifact, made: Compiled) -> None:
     for segment in artifact.plan.segments:
         found = made.segments.get(segment.name)
         rows.append((segment.name, millions(segment.cost.macs), "TVM" if found else made.left_to, f"{found.error:.1e}" if found else ""))
-    table(f"Library for {made.target} ({made.triple}, {made.cpu})", ("segment", "multiply-adds", "runs on", "difference"), rows)
+    tuned = f"; {made.trials} schedules measured" if made.trials else "; default schedules"
+    table(f"Library for {made.target} ({made.triple}, {made.cpu}){tuned}", ("segment", "multiply-adds", "runs on", "difference"), rows)
 
 
 def targets(boards: Sequence[Target]) -> None:

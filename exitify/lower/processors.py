@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 
@@ -31,10 +32,15 @@ class Machine:
     tuned_on: str
 
     @property
+    def description(self) -> dict[str, Any]:
+        """TVM's target as plain values."""
+        described: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "num-cores": self.cores}
+        return {**described, "mattr": list(self.attributes)} if self.attributes else described
+
+    @property
     def target(self) -> tvm.target.Target:
         """TVM's target."""
-        description = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "num-cores": self.cores}
-        return tvm.target.Target({**description, "mattr": list(self.attributes)} if self.attributes else description)
+        return tvm.target.Target(self.description)
 
     @property
     def is_here(self) -> bool:

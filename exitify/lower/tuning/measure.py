@@ -55,9 +55,8 @@ class LocalRunner(Runner):
         self._process: subprocess.Popen[str] | None = None
 
     def seconds(self, kernels: Sequence[tirx.PrimFunc], repeats: int) -> list[float]:
-        target = json.loads(str(self.machine.target)) if str(self.machine.target).startswith("{") else _described(self.machine)
         modules = [tvm.ir.save_json(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})) for kernel in kernels]
-        answer = self._ask({"kernels": modules, "target": target, "repeats": repeats})
+        answer = self._ask({"kernels": modules, "target": self.machine.description, "repeats": repeats})
         if "failure" in answer:
             raise NotMeasured(answer["failure"])
         return answer["seconds"]
@@ -180,8 +179,3 @@ def parse_rpc(text: str) -> tuple[str, int, str]:
     if not host or not port.isdigit() or not key:
         raise ExitifyError(f"--rpc {text!r} is no HOST:PORT/KEY", "127.0.0.1:9190/orin: a tracker, and the key that the board registered under")
     return host, int(port), key
-
-
-def _described(machine: Machine) -> dict[str, Any]:
-    description: dict[str, Any] = {"kind": "llvm", "mtriple": machine.triple, "mcpu": machine.cpu, "num-cores": machine.cores}
-    return {**description, "mattr": list(machine.attributes)} if machine.attributes else description

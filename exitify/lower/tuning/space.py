@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule, Trace
 
