@@ -197,6 +197,8 @@ def compile(  # noqa: A001
         show.as_json({"output": str(output or artifact), **vars(made)})
         return
     tables.compiled(compiled, made)
+    if board.gpu is not None:
+        print(f"It runs on the CPU of {board.name}; code for its GPU is not built yet.")
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE --engine tvm`")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     compiling = show.call(

@@ -34,12 +34,13 @@ def segment_module(artifact: Artifact, segment: Segment) -> tvm.IRModule:
     Raises:
         NotLowered: TVM's importer does not know an operator; the message names it.
     """
-    model = _at_batch_one(onnx.load_model_from_string(bytes(artifact.files[graph_path(segment.name)])))
+    model = onnx.load_model_from_string(bytes(artifact.files[graph_path(segment.name)]))
     weights = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
-    tensors: Arrays = {}
     for tensor in model.graph.initializer:
-        is_outside = tensor.data_location == TensorProto.EXTERNAL
-        tensors[tensor.name] = weights[tensor.name] if is_outside else numpy_helper.to_array(tensor)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+    model = _at_batch_one(model)
+    tensors: Arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type == "Constant"]:
         tensors[node.output[0]] = _constant(node)
         model.graph.node.remove(node)
@@ -68,8 +69,10 @@ def _at_batch_one(model: ModelProto) -> ModelProto:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_value = 1
-    if any(node.op_type == "Shape" for node in model.graph.node):
-        model = onnx.shape_inference.infer_shapes(model)
+    for _ in range(3):  # what one round folds gives the next one shapes
+        if not any(node.op_type == "Shape" for node in model.graph.node):
+            break
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         onnxscript.optimizer.fold_constants(model)
     return model
 

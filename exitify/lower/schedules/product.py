@@ -36,7 +36,7 @@ def _packed(sch: Schedule) -> Schedule:
         return index, at[-1]
 
     if len(lead) > 1:
-        sch.transform_block_layout(epilogue, flat)
+        sch.transform_block_layout(epilogue, tirx.IndexMap.from_func(flat, ndim=len(lead) + 1))
     row, column = sch.get_loops(epilogue)
     block, lane = sch.split(column, [None, width])
     strip, row = sch.split(row, [None, tile_rows])

@@ -42,14 +42,22 @@ ALIGNMENT = 64
 _AGAIN = "compile again: exitify compile"
 
 
-class _Process:
-    """Threads of all engines in this process. most: That one of them was given. latest: What kernels were last set to."""
+class _Most:
+    """The largest number of threads that an engine in this process was given."""
 
-    most = 1
-    latest = 0
+    threads = 1
 
 
-_process, _own_threads = _Process(), threading.local()
+_caller = threading.local()
+"""What TVM keeps for a calling thread: how many threads it was last set to; and whether its workers are in the process that forked."""
+
+
+def _note_fork() -> None:
+    if hasattr(_caller, "threads"):
+        _caller.forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 class TvmEngine(Engine):
@@ -77,7 +85,7 @@ class TvmEngine(Engine):
 
             self._others = OnnxRuntimeEngine(artifact, threads)
         self._own = threading.local()
-        _process.most = max(_process.most, threads)
+        _Most.threads = max(_Most.threads, threads)
 
     def prepare(self, stretch: Stretch) -> Runner:
         return _Runner(self, stretch)
@@ -116,13 +124,14 @@ class TvmEngine(Engine):
         """Let the calling thread's kernels share its work with as many threads as the engine was given.
 
         A calling thread has workers of its own, made at its first call and never more: enough for every engine there is then.
-        Whether kernels use them at all is one setting for the process, which another engine may have changed.
+        A process that it forks has none of them.
         """
-        if not hasattr(_own_threads, "count"):
-            _set_threads(_process.most)
-        if getattr(_own_threads, "count", 0) != self.threads or _process.latest != self.threads:
-            _set_threads(self.threads)
-            _own_threads.count = _process.latest = self.threads
+        before, wanted = getattr(_caller, "threads", 0), 1 if hasattr(_caller, "forked") else self.threads
+        if not before:
+            _set_threads(_Most.threads)
+        if before != wanted:
+            _set_threads(wanted)
+            _caller.threads = wanted
 
 
 _Function = Callable[[Sequence[Any]], Sequence[Any]]
