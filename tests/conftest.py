@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from tests.emulator import CannotEmulate, EmulatedPython, emulated_python
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("EXITIFY_DATA", ROOT.parent / "shared" / "data"))
@@ -77,6 +79,34 @@ def timm() -> ModuleType:
     """timm, which imports torchvision."""
     _import_zoo("torchvision")
     return _import_zoo("timm")
+
+
+@pytest.fixture(scope="session")
+def orin() -> EmulatedPython:
+    """An aarch64 Python with exitify. Where there is none its tests are skipped, or fail if `$EXITIFY_REQUIRE_EMULATOR` is 1."""
+    try:
+        return emulated_python()
+    except CannotEmulate as reason:
+        cannot_emulate(str(reason))
+
+
+@pytest.fixture(scope="session")
+def aarch64_linker() -> list[str]:
+    """The linker for the emulated processor; where there is none, as above."""
+    from exitify.lower.linking import NoLinker, linker
+    from exitify.targets import processor
+
+    try:
+        return linker("aarch64", processor.architecture())
+    except NoLinker as reason:
+        cannot_emulate(reason.problem)
+
+
+def cannot_emulate(reason: str) -> NoReturn:
+    """A skip; a failure where the emulator was asked for, so that no break of it hides there."""
+    if os.environ.get("EXITIFY_REQUIRE_EMULATOR") == "1":
+        pytest.fail(f"EXITIFY_REQUIRE_EMULATOR is 1, and {reason}")
+    pytest.skip(reason)
 
 
 def _import_zoo(name: str) -> ModuleType:

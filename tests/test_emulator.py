@@ -10,22 +10,21 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts, emulator
+from tests.conftest import cannot_emulate
 from tests.emulator import OLDER, ORIN, ROOT, CannotEmulate, EmulatedPython, emulated_python
-
-
-@pytest.fixture(scope="session")
-def orin() -> EmulatedPython:
-    """An aarch64 Python with exitify."""
-    try:
-        return emulated_python()
-    except CannotEmulate as reason:
-        pytest.skip(str(reason))
 
 
 def test_without_qemu_the_reason_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CannotEmulate, match="apt-get install qemu-user-static"):
         emulated_python(tmp_path)
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception), ("0", pytest.skip.Exception)])
+def test_where_the_emulator_is_required_its_lack_fails(required: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXITIFY_REQUIRE_EMULATOR", required)
+    with pytest.raises(outcome, match="no emulator here"):
+        cannot_emulate("no emulator here")
 
 
 @pytest.mark.usefixtures("orin")  # else QEMU is missing

@@ -70,11 +70,12 @@ def pack_weight(weight: NDArray[Any], block: int) -> NDArray[Any]:
 
 
 def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: Tile) -> te.Tensor:
-    """Return the convolution of `(1, I, H, W)` with packed weights as `(1, O, OH, OW)`.
+    """Return the convolution of `(N, I, H, W)` with packed weights as `(N, O, OH, OW)`.
 
     Args:
         tile: Rows are computed for whole tiles, so that a width they do not divide costs some pixels in place of a check a pixel.
     """
+    images = data.shape[0]  # one, or the windows of one
     rows, columns = shape.out_height * shape.out_width // shape.columns, shape.columns
     columns_computed = -(-columns // tile.pixels) * tile.pixels
     top, left = shape.padding[:2]
@@ -83,7 +84,7 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: T
     if shape.is_pointwise:
         if columns_computed > columns:
             source = te.compute(
-                (1, shape.channels, 1, columns_computed),
+                (images, shape.channels, 1, columns_computed),
                 lambda n, i, _, p: tirx.if_then_else(p < columns, data[n, i, p // shape.width, p % shape.width], tirx.const(0, data.dtype)),
                 name="padded",
             )
@@ -92,7 +93,7 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: T
         width = (columns_computed - 1) * sx + dx * (kw - 1) + 1
         if any(shape.padding) or width > shape.width:
             source = te.compute(
-                (1, shape.channels, height, width),
+                (images, shape.channels, height, width),
                 lambda n, i, y, x: tirx.if_then_else(
                     tirx.all(y >= top, y < shape.height + top, x >= left, x < shape.width + left),
                     data[n, i, y - top, x - left],
@@ -108,7 +109,7 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: T
 
     i, ry, rx = (te.reduce_axis((0, size), name=name) for size, name in ((shape.channels, "i"), (kh, "ry"), (kw, "rx")))
     sums = te.compute(
-        (1, weight.shape[0], rows, columns_computed, tile.filters),
+        (images, weight.shape[0], rows, columns_computed, tile.filters),
         lambda n, o, y, x, v: te.sum(pixel(n, i, y * sy + ry * dy, x * sx + rx * dx) * weight[o, i, ry, rx, v], axis=[i, ry, rx]),
         name="convolution",
         attrs={PIXELS: tile.pixels, ALONG: tile.along, STRIDE: sx},
@@ -118,7 +119,7 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: T
         row, column = (0, y * shape.out_width + x) if shape.is_pointwise else (y, x)
         return sums[n, o // tile.filters, row, column, o % tile.filters]
 
-    return te.compute((1, shape.filters, shape.out_height, shape.out_width), unpacked, name="unpacked")
+    return te.compute((images, shape.filters, shape.out_height, shape.out_width), unpacked, name="unpacked")
 
 
 def legalize(vectors: Vectors) -> Any:

@@ -61,8 +61,10 @@ def legalize(vectors: Vectors) -> Any:
     def product(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         data, weight = call.args
         attributes = {"op_pattern": OUT_ELEMENTWISE_FUSABLE}
+        if call.ty.dtype != "float32" or len(data.ty.shape) < 2 or len(weight.ty.shape) != 2:
+            return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
         rows_first = _before_transposing(builder, weight)
-        if call.ty.dtype == "float32" and isinstance(weight, tvm.ir.GenericConst) and len(weight.ty.shape) == 2:
+        if isinstance(weight, tvm.ir.GenericConst):
             array = weight.value.numpy()
             rows = math.prod(int(size) for size in data.ty.shape) // array.shape[0]
             tile = vectors.product_tile(rows, array.shape[1])
@@ -70,7 +72,7 @@ def legalize(vectors: Vectors) -> Any:
             return builder.call_te(
                 lambda x, w: packed_product(x, w, array.shape[1], tile.pixels), data, packed, primfunc_name_hint="product", primfunc_attrs=attributes
             )
-        if rows_first is not None and call.ty.dtype == "float32" and math.prod(int(size) for size in list(data.ty.shape)[:-1]) == 1:
+        if rows_first is not None and math.prod(int(size) for size in list(data.ty.shape)[:-1]) == 1:
             return builder.call_te(
                 lambda x, w: dot_products(x, w, vectors.lanes), data, rows_first, primfunc_name_hint="dot_products", primfunc_attrs=attributes
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import os
 import subprocess
@@ -41,6 +40,7 @@ from exitify.plan import Cost, Plan, Value
 from exitify.records import dumps, from_json, to_json
 from exitify.runtime.session import Session
 from tests.artifact.clauses import CLAUSES, refused
+from tests.artifact.packing import files_of, packed, reopened
 from tests.artifacts import EXITS, exported, inputs, profile_for, with_contract
 
 
@@ -50,20 +50,6 @@ def artifact() -> Artifact:
     _, plain = exported("depthwise")
     with_one = plain.with_profile("default", profile_for(plain, {"exit1": 0.5}))
     return with_one.with_profile("careful", profile_for(with_one, {"exit1": 0.9, "exit2": 0.8}))
-
-
-def files_of(artifact: Artifact) -> dict[str, bytes]:
-    return {MANIFEST: dumps(artifact.manifest), **{path: bytes(data) for path, data in artifact.files.items()}}
-
-
-def packed(files: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    container.write(stream, files)
-    return stream.getvalue()
-
-
-def reopened(artifact: Artifact) -> Artifact:
-    return parse_artifact(packed(files_of(artifact)))
 
 
 def with_file(artifact: Artifact, path: str, data: bytes) -> Artifact:
@@ -282,7 +268,7 @@ def test_a_manifest_with_other_fields_or_types_is_refused(artifact, edit, messag
 
 
 def test_records_that_are_too_long_are_refused(artifact):
-    clause = "manifest.json and each profile have at most 16777216 bytes"
+    clause = "manifest.json, each profile and each compiled.json have at most 16777216 bytes"
     assert LARGEST_RECORD == 16777216
     files = files_of(artifact)
     with refused(clause, match=r"manifest\.json has 16777217 bytes"):

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,16 @@ def exitify(*arguments: object, folder: Path) -> Done:
         else:
             code = 0
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def refused(done: Done, problem: str) -> None:
+    """Exit 1, and exactly two lines: what is wrong, and what to do."""
+    assert done.code == 1, done
+    assert done.out == ""
+    lines = done.err.splitlines()
+    assert len(lines) == 2, done.err
+    assert re.match(f"exitify: .*{problem}", lines[0]), lines[0]
+    assert re.match(r"  hint: \S", lines[1]), lines[1]
 
 
 def process(*arguments: object, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:

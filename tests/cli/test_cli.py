@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from exitify.pictures import pixels_to_inputs
 from exitify.runtime.session import Session
 from exitify.train import heads as training
 from tests import digits, digits_net
-from tests.cli.console import BUFFERED, COMMAND, Done, contents, exitify, process
+from tests.cli.console import BUFFERED, COMMAND, Done, contents, exitify, process, refused
 
 MODEL = ("digits_net:build", "--weights", "weights.safetensors")
 PLACES = ("--exits", "stage2,stage3", "--head", "conv")
@@ -274,16 +273,6 @@ def test_warnings_go_to_stderr_and_leave_json_alone(made: Path, tmp_path: Path) 
 # --- exit codes
 
 
-def refused(done: Done, problem: str) -> None:
-    """Exit 1, and exactly two lines: what is wrong, and what to do."""
-    assert done.code == 1, done
-    assert done.out == ""
-    lines = done.err.splitlines()
-    assert len(lines) == 2, done.err
-    assert re.match(f"exitify: .*{problem}", lines[0]), lines[0]
-    assert re.match(r"  hint: \S", lines[1]), lines[1]
-
-
 @pytest.fixture(scope="module")
 def shelf(workshop: Path, journey: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every bad file, beside the good ones. No refused command may change it."""
@@ -506,7 +495,7 @@ def test_a_wrong_usage_ends_with_two(shelf: Path, arguments: tuple[object, ...])
     assert contents(shelf) == before
 
 
-@pytest.mark.parametrize("command", ["", "transform", "train", "calibrate", "run", "bench", "inspect", "export"])
+@pytest.mark.parametrize("command", ["", "transform", "train", "calibrate", "compile", "run", "bench", "inspect", "export", "targets"])
 def test_every_command_has_help(tmp_path: Path, command: str) -> None:
     done = exitify(*filter(None, [command]), "--help", folder=tmp_path)
     assert (done.code, done.err) == (0, "")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from exitify.lower.vectors import Vectors
 
 SMALLEST_SHARED = 16384
 """Iterations of a loop nest below which handing a part to another thread costs more than it saves."""
@@ -37,14 +38,20 @@ def share(sch: Schedule, loops: Sequence[LoopRV]) -> None:
     sch.parallel(sch.fuse(*loops) if len(loops) > 1 else loops[0])
 
 
-def parallel_rows(sch: Schedule, block: SBlockRV) -> None:
+def vectorise(sch: Schedule, loop: LoopRV, vectors: Vectors) -> None:
+    """Vectorise a loop, or an even part of it: vectors of a thousand values keep LLVM busy for minutes."""
+    size, most = extent(sch, loop), 4 * vectors.lanes
+    width = size if size <= most else max(n for n in range(1, most + 1) if size % n == 0)
+    if width < size:
+        if 2 * width < vectors.lanes:
+            return  # LLVM finds what there is to find
+        _, loop = sch.split(loop, [None, width])
+    sch.vectorize(loop)
+
+
+def parallel_rows(sch: Schedule, block: SBlockRV, vectors: Vectors) -> None:
     """Vectorise a block's last loop and, if there is enough to do, share out the others among the threads."""
     *outer, last = sch.get_loops(block)
     if outer and math.prod(extent(sch, loop) for loop in (*outer, last)) >= SMALLEST_SHARED:
         share(sch, outer)
-    sch.vectorize(last)
-
-
-def is_reduction(sch: Schedule, block: SBlockRV) -> bool:
-    """Whether the block sums up, or finds a largest value."""
-    return any(v.iter_type == tirx.IterVar.CommReduce for v in sch.get(block).iter_vars)
+    vectorise(sch, last, vectors)

@@ -93,7 +93,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors, choice: Choice | None = None
     *_, outer, inner = sch.get_loops(sch.decompose_reduction(convolution, sums[0]))
     _in_registers(sch, outer, inner, vectors)
     if "padded" in names:
-        parallel_rows(sch, blocks["padded"])
+        parallel_rows(sch, blocks["padded"], vectors)
     return sch
 
 

@@ -37,6 +37,8 @@ def _packed(sch: Schedule) -> Schedule:
 
     if len(lead) > 1:
         sch.transform_block_layout(epilogue, tirx.IndexMap.from_func(flat, ndim=len(lead) + 1))
+        # The layout stays, and what the epilogue reads is simplified: m // size * size + m % size is m.
+        sch.transform_layout(product, ("write", 0), lambda o, m, v: (o, m, v))
     row, column = sch.get_loops(epilogue)
     block, lane = sch.split(column, [None, width])
     strip, row = sch.split(row, [None, tile_rows])
@@ -56,10 +58,12 @@ def _packed(sch: Schedule) -> Schedule:
 
 def _dots(sch: Schedule) -> Schedule:
     blocks = child_blocks(sch)
-    epilogue = inline_between(sch, "dot_products")
-    *_, column = sch.get_loops(epilogue)
+    is_alone = list(blocks)[-1] == "dot_products"
     total, partial = blocks["dot_products"], blocks["partial_sums"]
-    if epilogue is not total:
+    if is_alone:
+        *_, column, _ = sch.get_loops(total)
+    else:
+        *_, column = sch.get_loops(inline_between(sch, "dot_products"))
         sch.compute_at(total, column, preserve_unit_loops=True)
     sch.compute_at(partial, column, preserve_unit_loops=True)
     *_, lane, step = sch.get_loops(partial)
