@@ -32,7 +32,6 @@ def main() -> None:
     samples = load_samples(options.data, artifact.manifest.input, classes=artifact.plan.classes)
     sessions = [Session(artifact, engine=engine, profile=options.profile) for engine in ("tvm", "onnxruntime")]
     settings = artifact.profile(options.profile)
-    column = 0 if settings.policy == "top1" else 2
     times: list[list[float]] = [[], []]
     labels = exits = ties = 0
     largest = 0.0
@@ -50,8 +49,11 @@ def main() -> None:
             largest = max(largest, float(np.abs(tvm.logits - ort.logits).max()))
         else:
             parted = min((tvm.exit, ort.exit), key=artifact.plan.exit_names.index)
-            score = sessions[1].record(x).scores[parted][0, column]
-            ties += abs(float(score) - settings.exits[parted].threshold) <= options.tolerance
+            setting = settings.exits[parted]
+            logits = sessions[1].record(x).logits[parted][0].astype(np.float64) / setting.temperature
+            p = np.sort(np.exp(logits - logits.max()))[::-1] / np.exp(logits - logits.max()).sum()
+            score = p[0] if settings.policy == "top1" else p[0] - p[1]
+            ties += abs(score - setting.threshold) <= options.tolerance
     count = len(samples)
     print(f"{labels} of {count} labels and {exits} exits the same; {ties} of {count - exits} that part are ties; logits within {largest:.1e}")
     for name, found in zip(("TVM", "ONNX Runtime"), times):

@@ -92,6 +92,7 @@ def train(
 ) -> None:
     """Train the heads; the network itself stays as it is. Needs the artifact and labelled pictures, nothing else."""
     from exitify.artifact.artifact import Artifact
+    from exitify.artifact.sources import source_hashes
     from exitify.data import load_samples
     from exitify.train.heads import HeadTraining, train_heads
 
@@ -111,6 +112,9 @@ def train(
     tables.heads(reports)
     if opened.profiles:
         print(f"Dropped the profiles {', '.join(opened.profiles)}: they were calibrated for other heads.")
+    for name, library in trained.targets.items():
+        if source_hashes(trained, library.segments) != library.sources:
+            print(f"The library for {name} was compiled from other heads: `exitify compile {output or artifact} --target {name}`")
     print(f"Wrote {output or artifact}. Next: `exitify calibrate {output or artifact} --data DIR --max-drop 0.005`")
     how = show.call("HeadTraining", epochs=(epochs, 20), copies=(copies, 4), augmentation=(augment, "auto"), distillation=(distillation, 0.9),
                     learning_rate=(learning_rate, 0.05), seed=(seed, 0))  # fmt: skip

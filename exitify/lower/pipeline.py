@@ -8,12 +8,12 @@ from typing import Literal
 
 from tvm import tirx
 
-from exitify.artifact.artifact import Artifact, graph_path
+from exitify.artifact.artifact import Artifact, check_name, graph_path
 from exitify.artifact.manifest import Compiled, CompiledSegment
 from exitify.artifact.sources import source_hashes
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import EngineError, ExitifyError
-from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_default, shared_object
+from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_default, shared_object, silent_stderr
 from exitify.lower.linking import link_with, linker
 from exitify.lower.processors import Machine, machine_of
 from exitify.lower.tuning.database import Database, default_folder
@@ -54,6 +54,7 @@ def compile_artifact(
         NotLowered: TVM cannot take a segment. TargetError, NoLinker: there is no way to make code for the target.
         EngineError: a compiled segment differs from the reference by more than `TOLERANCE`.
     """
+    check_name("target", target.name)
     machine = machine_of(target)
     if trials and runner is None and not machine.is_here:
         raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
@@ -64,7 +65,8 @@ def compile_artifact(
         progress(step, steps.index(step), len(steps))
 
     begin("lowering")
-    kernels = lower_segments(artifact, artifact.plan.segments, machine, leave=bool(fallback))
+    with silent_stderr():
+        kernels = lower_segments(artifact, artifact.plan.segments, machine, leave=bool(fallback))
     scheduled, measured = _schedules(kernels, machine, trials, database, runner, report)
     begin("compiling")
     executable = build(kernels, scheduled, machine)

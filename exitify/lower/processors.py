@@ -60,8 +60,12 @@ def machine_of(board: Target) -> Machine:
     if architecture == "aarch64":
         here = processor.features()
         names = board.cpu.features if board.cpu.name != "native" else tuple(name for name, linux in _LINUX_NAMES.items() if linux in here)
+        for name in names:
+            if name not in _LINUX_NAMES:
+                known = ", ".join(_LINUX_NAMES)
+                raise TargetError(f"the target {board.name!r} has the feature {name!r}, which no device could be asked for", f"exitify knows {known}")
         cpu = "generic" if board.cpu.name == "native" else board.cpu.name
-        needed = tuple(sorted(_LINUX_NAMES.get(name, name) for name in names))
+        needed = tuple(sorted(_LINUX_NAMES[name] for name in names))
         tuned_on = processor.model_name() if board.cpu.name == "native" else board.name
         return Machine(triple, cpu, tuple(f"+{name}" for name in names), needed, cores, Vectors(4, 32), tuned_on)
     if architecture == "x86_64":

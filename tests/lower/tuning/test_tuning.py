@@ -23,9 +23,9 @@ from exitify.errors import ExitifyError
 from exitify.lower.library import Kernels, lower_segments
 from exitify.lower.pipeline import compile_artifact
 from exitify.lower.processors import Machine, machine_of
-from exitify.lower.tuning import search, space
+from exitify.lower.tuning import space
 from exitify.lower.tuning.database import BrokenRecord, Database, choice_text
-from exitify.lower.tuning.measure import LocalRunner, NotMeasured, Runner, RpcRunner, parse_rpc
+from exitify.lower.tuning.measure import LocalRunner, NotMeasured, RpcRunner, Runner, parse_rpc
 from exitify.lower.tuning.search import tune, unheard
 from exitify.lower.tuning.tasks import Task, task_key, tasks_of
 from exitify.runtime.session import Session
@@ -48,12 +48,18 @@ def tasks(name: str = "identity") -> list[Task]:
     return tasks_of(kernels(name), here())
 
 
+@functools.cache
+def defaults() -> frozenset[str]:
+    """The text of every kernel of the network, scheduled by default."""
+    return frozenset(str(space.apply(task.kernel, None, here())) for task in tasks())
+
+
 class Pretend(Runner):
     """Seconds from a table instead of a clock: a kernel's text decides, so that the default can be made fast or slow."""
 
     def __init__(self, default: float = 2.0, other: float = 1.0, final_other: float | None = None, fail: bool = False) -> None:
         self.default, self.other, self.final_other, self.fail = default, other, other if final_other is None else final_other, fail
-        self.defaults = {str(space.apply(task.kernel, None, here())) for name in ("identity", "depthwise") for task in tasks(name)}
+        self.defaults = defaults()
         self.asked: list[int] = []
 
     def seconds(self, scheduled: Sequence[tirx.PrimFunc], repeats: int) -> list[float]:
@@ -290,7 +296,9 @@ def test_a_tuned_artifact_answers_as_the_untuned_one_and_a_second_compile_measur
     second = compile_artifact(artifact, load_target("host"), trials=trials, database=database, report=lambda done, *_: again.append(done))
     assert not again
     assert second.files["targets/host/library.so"] == tuned.files["targets/host/library.so"]
-    traces = [line for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines() if '"trace"' in line and '"seconds": null' not in line]
+    traces = [
+        line for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines() if '"trace"' in line and '"seconds": null' not in line
+    ]
     assert traces  # programs of MetaSchedule that ran
     expected, found = Session(artifact), Session(tuned, engine="tvm")
     for x in inputs(3):
@@ -331,7 +339,7 @@ def test_ctrl_c_while_tuning_is_two_lines_and_leaves_the_artifact_as_it_was(tmp_
     while not list(db.glob("*.jsonl")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.splitlines()[-2:] == [
         "exitify: interrupted; nothing was changed",
@@ -340,4 +348,3 @@ def test_ctrl_c_while_tuning_is_two_lines_and_leaves_the_artifact_as_it_was(tmp_
     assert "Traceback" not in err
     assert path.read_bytes() == whole
     assert sorted(file.name for file in tmp_path.iterdir()) == ["db", "net.exitify"]
-    assert search.WORTH < 1
