@@ -38,8 +38,15 @@ settings.register_profile("exitify", deadline=None, derandomize=True, max_exampl
 settings.load_profile("exitify")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--slow`: run what takes more than a minute, too."""
+    parser.addoption("--slow", action="store_true", help="run tests marked slow")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked `data` where there is no data."""
+    """Skip what is marked `data` where there is no data, and what is marked `slow` unless asked for."""
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes more than a minute: pytest --slow")
     if item.get_closest_marker("data") and not DATA.is_dir():
         pytest.skip(f"{DATA} is no folder: set EXITIFY_DATA to one that holds {', '.join(SOURCES)}")
 

@@ -18,7 +18,8 @@ def fold_norms(model: ModelProto, tensors: Arrays) -> None:
 
     Args:
         model: Opset 20, norms in inference form.
-        tensors: Its initializers by name; derived ones are added as `<value>.weight` and `<value>.bias`.
+        tensors: Its initializers by name; derived ones are added as `<value>:weight` and `<value>:bias`,
+            which no module's parameters are called: a value may have its norm's own name.
     """
     graph = model.graph
     readers = Counter(name for node in graph.node for name in node.input)
@@ -35,7 +36,7 @@ def fold_norms(model: ModelProto, tensors: Arrays) -> None:
         weight = tensors[convolution.input[1]].astype(np.float64)
         bias = tensors[convolution.input[2]].astype(np.float64) if len(convolution.input) > 2 else 0.0
         value = node.output[0]
-        folded = {f"{value}.weight": weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), f"{value}.bias": bias * scale + shift}
+        folded = {f"{value}:weight": weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), f"{value}:bias": bias * scale + shift}
         tensors.update({name: array.astype(tensors[convolution.input[1]].dtype) for name, array in folded.items()})
         del convolution.input[1:]
         convolution.input.extend(folded)

@@ -93,7 +93,8 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: Machine) -> tvm.IRMo
 
     def note(expression: Any) -> None:
         if isinstance(expression, relax.Call) and isinstance(expression.op, tvm.ir.Op) and expression.op.name != "relax.call_tir":
-            left.append(expression.op.name)
+            is_outside = bool(expression.args) and isinstance(expression.args[0], relax.ExternFunc)
+            left.append(str(expression.args[0].global_symbol) if is_outside else expression.op.name)
 
     relax.analysis.post_order_visit(fused["main"], note)
     if left:

@@ -59,7 +59,11 @@ def link_with(command: Sequence[str]) -> Any:
     """
 
     def link(output: str, objects: Sequence[str], **_: object) -> None:
-        done = subprocess.run([*command, "-shared", "-z", "now", "--strip-all", "-o", output, *objects], capture_output=True, text=True, check=False)  # noqa: S603
+        arguments = ["-shared", "-z", "now", "--strip-all", "-o", output, *objects]
+        try:
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
+        except OSError as error:
+            raise ExitifyError(f"linking with {command[0]} failed: {error.strerror}", "choose another linker; see docs/tvm.md") from error
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines()
             raise ExitifyError(f"linking with {command[0]} failed: {said[-1] if said else done.returncode}", "choose another linker; see docs/tvm.md")
