@@ -38,7 +38,7 @@ def compile_artifact(
     runner: Runner | None = None,
     fallback: Literal["", "onnxruntime"] = "",
     progress: Progress = silent,
-    report: Report = unheard,
+    report: Report | None = None,
 ) -> Artifact:
     """Return the artifact with a library for the target.
 
@@ -67,7 +67,7 @@ def compile_artifact(
     begin("lowering")
     with silent_stderr():
         kernels = lower_segments(artifact, artifact.plan.segments, machine, leave=bool(fallback))
-    scheduled, measured = _schedules(kernels, machine, trials, database, runner, report)
+    scheduled, measured = _schedules(kernels, machine, trials, database, runner, report or unheard)
     begin("compiling")
     executable = build(kernels, scheduled, machine)
     begin("linking")

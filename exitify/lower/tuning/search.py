@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +66,26 @@ def tune(tasks: Sequence[Task], machine: Machine, database: Database, runner: Ru
         if known.searched < trials:
             open_.append(_State(task, known, space.candidates(task.kernel, machine, known, seed)))
     done = sum(state.known.trials for state in open_)
+    with _ctrl_c() as raise_if_pressed:
+        measured = _search(open_, machine, database, runner, trials, done, report, raise_if_pressed)
+        for state in open_:
+            chosen = _chosen(state, machine, runner)
+            raise_if_pressed()
+            database.searched(state.task.key, chosen, trials)
+    return measured
+
+
+def _search(
+    open_: Sequence[_State],
+    machine: Machine,
+    database: Database,
+    runner: Runner,
+    trials: int,
+    done: int,
+    report: Report,
+    raise_if_pressed: Callable[[], None],
+) -> int:
+    """Measure until the budget is spent or nothing is left; return how many were measured."""
     measured = 0
     while done < trials:
         state = max((state for state in open_ if not state.ended), key=lambda state: state.promise, default=None)
@@ -74,16 +97,38 @@ def tune(tasks: Sequence[Task], machine: Machine, database: Database, runner: Ru
             continue
         seconds, failure = _measure(state.task, choice, machine, runner)  # type: ignore[arg-type]
         state.known.seconds[choice_text(choice)] = seconds  # type: ignore[arg-type]
+        raise_if_pressed()
         database.measured(state.task.key, choice, seconds, failure)  # type: ignore[arg-type]
         done += 1
         measured += 1
         report(done, trials, _total(open_, "default"), _total(open_, "best"))
-    for state in open_:
-        database.searched(state.task.key, _chosen(state, machine, runner), trials)
     return measured
 
 
 _NOTHING = object()
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[Callable[[], None]]:
+    """A function that raises KeyboardInterrupt if Ctrl-C was pressed: when it is inside a callback of TVM's, TVM makes an error of its own of it."""
+    pressed: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    def raise_if_pressed() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield raise_if_pressed
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield raise_if_pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _measure(task: Task, choice: Choice | None, machine: Machine, runner: Runner) -> tuple[float, str]:

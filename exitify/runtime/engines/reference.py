@@ -51,7 +51,8 @@ class LogSoftmax(OpRun):
 def _drop_ceil_mode(node: onnx.NodeProto) -> None:
     """Where a pool's stride is 1, `ceil_mode` says nothing; the evaluator's MaxPool adds rows and columns there."""
     attributes = {attribute.name: attribute for attribute in node.attribute}
-    if node.op_type == "MaxPool" and "ceil_mode" in attributes and set(attributes["strides"].ints) <= {1}:
+    is_dense = "strides" not in attributes or set(attributes["strides"].ints) == {1}
+    if node.op_type == "MaxPool" and "ceil_mode" in attributes and is_dense:
         node.attribute.remove(attributes["ceil_mode"])
 
 

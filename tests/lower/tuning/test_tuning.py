@@ -314,12 +314,11 @@ def test_a_tuning_that_is_killed_loses_no_record(tmp_path: Path, after: int):
     def lines() -> list[str]:
         return [line for file in db.glob("*.jsonl") for line in file.read_text().split("\n")[:-1]]
 
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(lines()) < after and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(lines()) < after and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
     before = lines()
     assert len(before) >= after
     assert not Artifact.open(path).targets
@@ -334,12 +333,15 @@ def test_ctrl_c_while_tuning_is_two_lines_and_leaves_the_artifact_as_it_was(tmp_
     whole = path.read_bytes()
     db = tmp_path / "db"
     command = [sys.executable, "-m", "exitify", "compile", str(path), "--trials", "500", "--db", str(db)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(db.glob("*.jsonl")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(db.glob("*.jsonl")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert err.splitlines()[-2:] == [
         "exitify: interrupted; nothing was changed",
@@ -348,3 +350,23 @@ def test_ctrl_c_while_tuning_is_two_lines_and_leaves_the_artifact_as_it_was(tmp_
     assert "Traceback" not in err
     assert path.read_bytes() == whole
     assert sorted(file.name for file in tmp_path.iterdir()) == ["db", "net.exitify"]
+
+
+def test_ctrl_c_that_tvm_swallowed_still_ends_the_search(tmp_path: Path):
+    """Inside of TVM's callbacks a KeyboardInterrupt becomes an error of TVM's, and would count as a candidate that failed."""
+
+    class Swallowing(Pretend):
+        def seconds(self, scheduled: Sequence[tirx.PrimFunc], repeats: int) -> list[float]:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt as error:
+                raise RuntimeError("swallowed") from error
+            raise AssertionError
+
+    database = Database(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tasks(), here(), database, Swallowing(), 20, unheard)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert all(database.read(task.key).trials == 0 for task in tasks())
