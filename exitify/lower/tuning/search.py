@@ -16,9 +16,9 @@ from exitify.lower.tuning.database import Choice, Database, Known, choice_text
 from exitify.lower.tuning.measure import NotMeasured, Runner
 from exitify.lower.tuning.tasks import Task
 
-REPEATS, FINAL_REPEATS = 5, 15
+REPEATS, FINAL_REPEATS = 5, 25
 FINALISTS = 3
-WORTH = 0.99
+WORTH = 0.97
 """A choice replaces the default when its time, measured in turn with the default's, is at most this share of it."""
 
 Report = Callable[[int, int, float, float], None]
