@@ -13,6 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.s_tir import Schedule, Trace
 
+from exitify.lower.library import silent_stderr
 from exitify.lower.processors import Machine
 from exitify.lower.schedules import convolution, default_schedule
 from exitify.lower.tuning.database import Choice, Known, choice_text
@@ -75,16 +76,17 @@ def _random_programs(kernel: tirx.PrimFunc, machine: Machine, known: Known, seed
         import tvm.s_tir.tensor_intrin  # what takes so long; a TuneContext imports it
         from tvm.s_tir import meta_schedule
 
-    context = meta_schedule.TuneContext(
-        tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}),
-        target=machine.target,
-        space_generator="post-order-apply",
-        search_strategy="replay-trace",
-        task_name="kernel",
-        rand_state=seed + 1,
-        num_threads=1,
-    )
-    context.pre_tuning(max_trials=10_000, num_trials_per_iter=1, design_spaces=context.generate_design_space())
+    with silent_stderr():
+        context = meta_schedule.TuneContext(
+            tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}),
+            target=machine.target,
+            space_generator="post-order-apply",
+            search_strategy="replay-trace",
+            task_name="kernel",
+            rand_state=seed + 1,
+            num_threads=1,
+        )
+        context.pre_tuning(max_trials=10_000, num_trials_per_iter=1, design_spaces=context.generate_design_space())
     for _ in range(1000):
         found = context.generate_measure_candidates()
         if not found:
