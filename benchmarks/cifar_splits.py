@@ -52,7 +52,9 @@ def main() -> None:
             point.name: ExitSetting(bool(is_on), float(min(threshold, 2.0)), float(t))
             for point, is_on, threshold, t in zip(plan.exits, on, settings.thresholds, settings.temperatures)
         }
-        profile = Profile(artifact.manifest.model_id, "top1", settings_by_exit, float(settings.temperatures[-1]), settings.promise, "onnxruntime", "")
+        profile = Profile(
+            artifact.manifest.model_id, "top1", settings_by_exit, float(settings.temperatures[-1]), "", settings.promise, "onnxruntime", ""
+        )
         report = bench(artifact.with_profile("split", profile), samples.subset(judged), profile="split", most=options.timed, seed=seed)
         baseline.append(report.timings[0])
         times.append(report.timings[1])

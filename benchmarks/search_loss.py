@@ -71,7 +71,7 @@ def main() -> None:
                 thresholds, temperatures = settings.thresholds, settings.temperatures
             confidence = np.stack([confidence_of(logits[judged] / t, "top1") for logits, t in zip(outputs.logits[:-1], temperatures)])
             taken = exits_taken(confidence, thresholds)
-            rows.append((right[-1, judged].mean() - right[taken, judged].mean(), calibrate._macs(plan, thresholds)[taken].mean()))
+            rows.append((right[-1, judged].mean() - right[taken, judged].mean(), calibrate._macs(plan, (), thresholds)[taken].mean()))
         drop, macs = np.array(rows).T
         error = drop.std(ddof=1) / np.sqrt(len(rows))
         print(f"{name:24s} drop {drop.mean() * 100:.2f} ± {error * 100:.2f} points, MACs {macs.mean():.3f}", flush=True)

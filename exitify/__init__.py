@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from exitify.runtime.session import Session as Session
     from exitify.tracing import capture as capture
     from exitify.train.heads import train_heads as train_heads
+    from exitify.train.norms import reestimate_norms as reestimate_norms
+    from exitify.train.skip_distillation import SkipAwareDistillation as SkipAwareDistillation
 
 _HOME = {
     "Answer": "exitify.runtime.session",
@@ -38,6 +40,7 @@ _HOME = {
     "Plan": "exitify.plan",
     "Program": "exitify.program",
     "Session": "exitify.runtime.session",
+    "SkipAwareDistillation": "exitify.train.skip_distillation",
     "bench": "exitify.benchmark",
     "calibrate": "exitify.calibration.calibrate",
     "capture": "exitify.tracing",
@@ -45,6 +48,7 @@ _HOME = {
     "export": "exitify.onnx_export.to_artifact",
     "export_static": "exitify.onnx_export.static",
     "load_model": "exitify.models",
+    "reestimate_norms": "exitify.train.norms",
     "train_heads": "exitify.train.heads",
     "transform": "exitify.pipeline",
 }

@@ -1,4 +1,4 @@
-"""The plan: where a network may stop, and the pieces it is compiled, stored and run in.
+"""The plan: where a network may stop, what it may leave out, and the pieces it is compiled, stored and run in.
 
 A value beside the graph (docs/decisions.md says why not in its metadata), in the standard library alone: the device reads it too.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +26,10 @@ BOUNDARY_MACS = 2_000_000
 A third of it is the boundary, an engine call and tensors that leave it; the rest is the head's many small operators,
 which take longer than their multiply-adds say (docs/measurements.md).
 """
+
+
+Mask = tuple[bool, ...]
+"""One flag a skip path, True where it is left out."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,31 @@ class ExitPoint:
 
 
 @dataclass(frozen=True)
+class SkipPath:
+    """Residual blocks at the end of a stage that may be left out.
+
+    The stage runs from `start` to `after`: first its mandatory sub-path, up to `before`, then its skippable one. When that
+    is left out, `before` stands in for `after`, and norms in the mandatory sub-path take their second set.
+
+    name: `skip1` for instance.
+    stage: What the user knows the stage by (`layer1`).
+    blocks: The modules that may be left out (`layer1.2`).
+    norms: Nodes whose norm has two sets; the second stands under `skip_norms.<its own name>`.
+    drop_paths: Nodes of the mandatory sub-path that drop residual branches at random in training, which they do not do
+        while the skippable sub-path is left out.
+    """
+
+    name: str
+    stage: str
+    blocks: tuple[str, ...]
+    start: str
+    before: str
+    after: str
+    norms: tuple[str, ...] = ()
+    drop_paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
     """A piece of the graph that is compiled and stored as one unit.
 
@@ -141,6 +170,7 @@ class Segment:
     nodes: The graph's nodes in it; segments share none.
     inputs: Values it reads. outputs: Values that others read.
     parameters: Tensors that it takes as inputs at run time, so that they can change without a new segment.
+    follows: The skip path that leaves this block out, or whose flag chooses this trunk's norm set; empty for none.
     """
 
     name: str
@@ -150,13 +180,20 @@ class Segment:
     outputs: tuple[str, ...]
     parameters: tuple[str, ...]
     cost: Cost
+    follows: str = ""
+
+    @property
+    def has_two_norm_sets(self) -> bool:
+        """Whether its norms depend on a skip path."""
+        return self.kind == "trunk" and self.follows != ""
 
 
 @dataclass(frozen=True)
 class Stretch:
     """Segments that run in a row with no decision between them: one call of an engine.
 
-    exit: The exit decided upon afterwards, `final` for the last stretch.
+    exit: The exit decided upon afterwards, `final` for the last stretch; empty where nothing is decided.
+    skipped: The skip paths that are left out, of those that one of the segments follows.
     """
 
     segments: tuple[str, ...]
@@ -165,13 +202,15 @@ class Stretch:
     parameters: tuple[str, ...]
     exit: str
     cost: Cost
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Exits (decisions) and segments (what follows from them), over named values.
+    """Exits and skip paths (decisions) and segments (what follows from them), over named values.
 
     input: The value that the caller gives. output: The network's own logits, `(N, classes)`.
+    exits, skips: In the order in which a run comes to them.
     values: Shape and dtype of every value that crosses between segments, of the input and of all outputs.
     """
 
@@ -180,6 +219,7 @@ class Plan:
     exits: tuple[ExitPoint, ...] = ()
     segments: tuple[Segment, ...] = ()
     values: Mapping[str, Value] = field(default_factory=dict)
+    skips: tuple[SkipPath, ...] = ()
 
     def exit(self, name: str) -> ExitPoint:
         """The exit of that name.
@@ -219,27 +259,59 @@ class Plan:
         """The segment that computes this exit's logits."""
         return self._producer[point.logits]
 
-    def stretches(self, enabled: Collection[str]) -> tuple[Stretch, ...]:
-        """What to run, in order, when just these exits may be taken.
+    def mask(self, skip: str | Sequence[bool] | None) -> Mask:
+        """One bool a skip path, True where it is left out.
+
+        Args:
+            skip: Bools; or text, `0110` for instance, `all` or `none`; None is `none`.
+
+        Raises:
+            PlanError: it is not of this network's length, or of other values.
+        """
+        count = len(self.skips)
+        if skip is None or (isinstance(skip, str) and skip in ("none", "all")):
+            return (skip == "all",) * count
+        flags: list[object] = [{"0": False, "1": True}.get(letter, letter) for letter in skip] if isinstance(skip, str) else list(skip)
+        if len(flags) != count or not all(flag in (0, 1) for flag in flags):
+            shown = repr(skip) if isinstance(skip, str) else repr(tuple(flags))
+            if not count:
+                raise PlanError(f"there is nothing to skip for the mask {shown}: this network has no skip paths", "transform with `--skips auto`")
+            names = ", ".join(f"{path.name} ({path.stage})" for path in self.skips)
+            raise PlanError(f"the mask {shown} is not one 0 or 1 for each of the {count} skip paths", f"they are, in order, {names}")
+        return tuple(flag == 1 for flag in flags)
+
+    def left_out(self, skip: str | Sequence[bool] | None) -> tuple[SkipPath, ...]:
+        """The skip paths that a mask leaves out (see `mask`)."""
+        return tuple(path for path, flag in zip(self.skips, self.mask(skip)) if flag)
+
+    def stretches(self, enabled: Collection[str], skip: str | Sequence[bool] | None = None, *, apart: bool = False) -> tuple[Stretch, ...]:
+        """What to run, in order, when just these exits may be taken and the mask's skip paths are left out.
 
         Reaching an exit costs the least it can: a stretch holds what its exit needs that is not computed yet, and
         boundaries at exits that are not enabled vanish.
 
+        Args:
+            apart: Whether a stretch ends wherever a mask could make a difference, so that all masks are made of the same few.
+
         Raises:
-            PlanError: an exit that the plan does not have.
+            PlanError: an exit that the plan does not have, or a mask of another length.
         """
         for name in set(enabled) - set(self.exit_names):
             self.exit(name)  # there is none of that name: refused, not ignored
+        skipped = {path.name for path in self.left_out(skip)}
         goals: list[tuple[str, tuple[str, ...]]] = [
             (point.name, (point.logits, point.features, point.scores)) for point in self.exits if point.name in enabled
         ]
         goals.append((FINAL, (self.output,)))
         done: set[str] = set()
-        groups = []
+        groups: list[tuple[str, tuple[str, ...], list[Segment]]] = []
         for exit_name, wanted in goals:
             needed = self._ancestors(wanted) - done
-            groups.append((exit_name, wanted, [s for s in self.segments if s.name in needed]))
+            row = [s for s in self.segments if s.name in needed]
             done |= needed
+            pieces = self._pieces(row, skipped) if apart else [row]
+            groups.extend(("", (), piece) for piece in pieces[:-1])
+            groups.append((exit_name, wanted, pieces[-1]))
         stretches: list[Stretch] = []
         read_later: set[str] = set()
         for exit_name, wanted, segments in reversed(groups):
@@ -247,22 +319,35 @@ class Plan:
             read = _unique(value for segment in segments for value in segment.inputs if value not in made)
             kept = _unique(value for segment in segments for value in segment.outputs if value in read_later or value in wanted)
             parameters = _unique(name for segment in segments for name in segment.parameters)
-            cost = sum((segment.cost for segment in segments), Cost())
-            stretches.append(Stretch(tuple(s.name for s in segments), read, kept, parameters, exit_name, cost))
+            cost = sum((segment.cost for segment in segments if not _is_left_out(segment, skipped)), Cost())
+            followed = _unique(segment.follows for segment in segments if segment.follows in skipped)
+            stretches.append(Stretch(tuple(s.name for s in segments), read, kept, parameters, exit_name, cost, followed))
             read_later |= set(read)
         return tuple(reversed(stretches))
 
-    def macs_at(self, enabled: Collection[str]) -> dict[str, int]:
+    def _pieces(self, row: list[Segment], skipped: Collection[str]) -> list[list[Segment]]:
+        """A row of segments cut where a mask could make a difference; what is left out goes with what follows it."""
+        pieces: list[list[Segment]] = [[]]
+        for segment in row:
+            before = pieces[-1]
+            joins = not before or _is_left_out(before[-1], skipped) or (segment.follows == before[-1].follows == "")
+            if joins:
+                before.append(segment)
+            else:
+                pieces.append([segment])
+        return pieces
+
+    def macs_at(self, enabled: Collection[str], skip: str | Sequence[bool] | None = None) -> dict[str, int]:
         """Multiply-adds of a run that ends at each of these exits, the heads tried on the way counted."""
         total, result = 0, {}
-        for stretch in self.stretches(enabled):
+        for stretch in self.stretches(enabled, skip):
             total += stretch.cost.macs
             result[stretch.exit] = total
         return result
 
     @property
     def full_macs(self) -> int:
-        """Multiply-adds of the network without any exit."""
+        """Multiply-adds of the network without any exit, nothing left out."""
         return self.macs_at(())[FINAL]
 
     def _ancestors(self, values: Collection[str]) -> set[str]:
@@ -284,6 +369,7 @@ class Plan:
         """
         _refuse_twice("segment", [segment.name for segment in self.segments])
         _refuse_twice("exit", [point.name for point in self.exits])
+        _refuse_twice("skip path", [path.name for path in self.skips])
         _refuse_twice("value", [self.input, *(value for segment in self.segments for value in segment.outputs)])
         _refuse_twice("node", [node for segment in self.segments for node in segment.nodes])
         known = {self.input}
@@ -301,6 +387,23 @@ class Plan:
             raise PlanError(f"no segment computes the network's output {self.output!r}")
         for point in self.exits:
             self._check_exit(point, known)
+        for path in self.skips:
+            self._check_skip(path)
+        for segment in self.segments:
+            is_block = segment.kind == "block"
+            if segment.follows not in ("", *(path.name for path in self.skips)) or (is_block and not segment.follows):
+                raise PlanError(f"segment {segment.name!r} follows {segment.follows!r}, which is no skip path of this network")
+            if segment.follows and segment.kind == "head":
+                raise PlanError(f"the head {segment.name!r} follows a skip path; heads have one set of norms")
+
+    def _check_skip(self, path: SkipPath) -> None:
+        if not path.name.isidentifier() or path.name in self.exit_names:
+            raise PlanError(f"a skip path cannot be called {path.name!r}", "use letters, digits and _, and no exit's name")
+        blocks = [segment for segment in self.segments if segment.kind == "block" and segment.follows == path.name]
+        if [(block.inputs, block.outputs, block.parameters) for block in blocks] != [((path.before,), (path.after,), ())]:
+            raise PlanError(f"skip path {path.name!r} is not one segment that computes {path.after!r} from {path.before!r} alone")
+        if self.values[path.before] != self.values[path.after]:
+            raise PlanError(f"{path.before!r} cannot stand in for {path.after!r}: they look different")
 
     def _check_exit(self, point: ExitPoint, known: set[str]) -> None:
         if point.name == FINAL or not point.name.isidentifier():
@@ -326,10 +429,23 @@ class Plan:
         for point in self.exits:
             share = f" at {reach[point.name] / full:.3f}" if reach else ""
             lines.append(f"  exit {point.name} after {point.after} ({point.place}){share}: {point.head}")
+        for path in self.skips:
+            switched = f", {len(path.norms)} norms switch" if path.norms else ""
+            lines.append(f"  skip {path.name} {path.stage}: {', '.join(path.blocks)} | {path.before} for {path.after}{switched}")
         for segment in self.segments:
             moved = f"{', '.join(segment.inputs)} -> {', '.join(segment.outputs)}"
-            lines.append(f"  {segment.kind} {segment.name}: {moved} | {len(segment.nodes)} nodes, {segment.cost.macs} MACs")
+            follows = f" follows {segment.follows}" if segment.follows else ""
+            lines.append(f"  {segment.kind} {segment.name}{follows}: {moved} | {len(segment.nodes)} nodes, {segment.cost.macs} MACs")
         return "\n".join(lines) + "\n"
+
+
+def mask_text(mask: Mask) -> str:
+    """A mask as people write it, `0110`."""
+    return "".join("1" if flag else "0" for flag in mask)
+
+
+def _is_left_out(segment: Segment, skipped: Collection[str]) -> bool:
+    return segment.kind == "block" and segment.follows in skipped
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

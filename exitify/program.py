@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,13 @@ import torch
 from torch import fx, nn
 
 from exitify.errors import ModelError, PlanError
-from exitify.plan import FINAL, Plan, Value
+from exitify.plan import FINAL, Mask, Plan, Value
 
 HEADS = "exit_heads"
 """Where the heads' weights stand. Not `heads`: torchvision's vision transformers already have a child of that name."""
+
+SKIP_NORMS = "skip_norms"
+"""Where the second set of norms stands, each under its own path: `skip_norms.layer1.0.bn1`."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,13 @@ class ExitOutputs:
 
     names: The exits' names, the last one `final`.
     logits: One tensor an exit, in the same order.
+    stages: What each stage with a skip path gave to what follows it, in the plan's order: with the path left out, what
+        stands in for it.
     """
 
     names: tuple[str, ...]
     logits: tuple[torch.Tensor, ...]
+    stages: tuple[torch.Tensor, ...] = ()
 
     @property
     def final(self) -> torch.Tensor:
@@ -42,7 +48,7 @@ class Program(nn.Module):
     """A captured network with its plan.
 
     Holds the very modules and parameters of the model it came from, under the same names; heads stand under
-    `exit_heads`. In `train()` it returns `ExitOutputs`; in `eval()` what the original returned, unless
+    `exit_heads`, second sets of norms under `skip_norms`. In `train()` it returns `ExitOutputs`; in `eval()` what the original returned, unless
     `all_exits=True`. Graph and plan are never changed in place: a pass returns a new Program that shares the weights.
 
     Attributes:
@@ -77,7 +83,7 @@ class Program(nn.Module):
         self._non_persistent_buffers_set |= members._non_persistent_buffers_set
         self.graph, self.plan, self.values, self.places = graph, plan, dict(values), dict(places)
         self.recipe, self.source = recipe, source
-        self._functions: dict[bool, Callable[..., Any]] = {}
+        self._functions: dict[tuple[bool, Mask], Callable[..., Any]] = {}
         self._frozen: set[str] = set()
         self.training = members.training
 
@@ -99,18 +105,27 @@ class Program(nn.Module):
         result._frozen = set(self._frozen)
         return result
 
-    def forward(self, *inputs: torch.Tensor, all_exits: bool | None = None) -> Any:
+    def forward(self, *inputs: torch.Tensor, skip: str | Sequence[bool] | None = None, all_exits: bool | None = None) -> Any:
         """Run the network.
 
         Args:
             *inputs: What the original model takes.
+            skip: Which skip paths to leave out, one bool each in the plan's order, or text (see `Plan.mask`); None leaves none out.
             all_exits: True returns `ExitOutputs`, False the original output; None means True in `train()`, False in `eval()`.
+
+        Raises:
+            PlanError: the mask is not one of this network.
         """
         wants_all = self.training if all_exits is None else all_exits
-        if wants_all not in self._functions:
-            self._functions[wants_all] = compile_graph(self._graph_with_exits() if wants_all else self._graph_without_exits())
-        result = self._functions[wants_all](self, *inputs)
-        return ExitOutputs(self.plan.exit_names, tuple(result)) if wants_all else result
+        mask = self.plan.mask(skip)
+        if (wants_all, mask) not in self._functions:
+            graph = self.masked_graph(mask)
+            self._functions[wants_all, mask] = compile_graph(self._with_exits(graph) if wants_all else self._without_exits(graph))
+        result = self._functions[wants_all, mask](self, *inputs)
+        if not wants_all:
+            return result
+        names = self.plan.exit_names
+        return ExitOutputs(names, tuple(result[: len(names)]), tuple(result[len(names) :]))
 
     def freeze_backbone(self) -> Program:
         """Leave only the heads to be trained: no gradients elsewhere, and norm statistics, dropout and drop-path at rest too."""
@@ -141,12 +156,29 @@ class Program(nn.Module):
             raise PlanError(f"exit {exit_name!r} has no head", "apply the pass attach-heads first")
         return self._node(calls[0])
 
-    def _graph_with_exits(self) -> fx.Graph:
-        exits = [self.head_node(name) for name in self.plan.exit_names if name != FINAL]
-        return extract(self.graph, [*exits, self._node(self.plan.output)])
+    def masked_graph(self, skip: str | Sequence[bool] | None) -> fx.Graph:
+        """The graph with a mask's skip paths left out, their norms switched; nodes keep their names."""
+        graph, renamed = copy_graph(self.graph)
+        nodes = {node.name: new for node, new in renamed.items()}
+        for path in self.plan.left_out(skip):
+            for name in path.norms:
+                _switch(graph, nodes[name])
+            for name in path.drop_paths:
+                nodes[name].replace_all_uses_with(nodes[name].all_input_nodes[0])
+                graph.erase_node(nodes[name])
+            nodes[path.after].replace_all_uses_with(nodes[path.before])
+            for node in reversed(graph.nodes):
+                if node.op not in ("placeholder", "output") and not node.users and not str(node.target).startswith(f"{HEADS}."):
+                    graph.erase_node(node)
+        return graph
 
-    def _graph_without_exits(self) -> fx.Graph:
-        graph, _ = copy_graph(self.graph)
+    def _with_exits(self, graph: fx.Graph) -> fx.Graph:
+        nodes = {node.name: node for node in graph.nodes}
+        exits = [nodes[self.head_node(name).name] for name in self.plan.exit_names if name != FINAL]
+        stages = [nodes[path.after] if path.after in nodes else nodes[path.before] for path in self.plan.skips]
+        return extract(graph, [*exits, nodes[self.plan.output], *stages])
+
+    def _without_exits(self, graph: fx.Graph) -> fx.Graph:
         for node in reversed(graph.nodes):
             if node.op == "call_module" and str(node.target).startswith(f"{HEADS}."):
                 graph.erase_node(node)
@@ -161,6 +193,7 @@ class Program(nn.Module):
         self.graph.lint()
         self.plan.check()
         nodes = {node.name: node for node in self.graph.nodes}
+        second = {name.removeprefix(f"{SKIP_NORMS}.") for name in self.state_dict() if name.startswith(f"{SKIP_NORMS}.")}
         for name in (self.plan.input, self.plan.output):
             if name not in nodes:
                 raise PlanError(f"the plan names {name!r}, which the graph does not compute")
@@ -170,6 +203,14 @@ class Program(nn.Module):
         for point in self.plan.exits:
             if point.after not in nodes:
                 raise PlanError(f"exit {point.name!r} stands after {point.after!r}, which the graph does not compute")
+        for path in self.plan.skips:
+            for name in (path.start, path.before, path.after, *path.norms, *path.drop_paths):
+                if name not in nodes:
+                    raise PlanError(f"skip path {path.name!r} names {name!r}, which the graph does not compute")
+            for name in path.norms:
+                for tensor in norm_tensors(self, self.graph, name):
+                    if tensor not in second:
+                        raise PlanError(f"skip path {path.name!r} switches {name!r}, which has no second set of norms")
         self._verify_cover(nodes)
 
     def _verify_cover(self, nodes: Mapping[str, fx.Node]) -> None:
@@ -196,6 +237,25 @@ class Program(nn.Module):
         state = {key: own[key] if key in own else copy.deepcopy(value, memo) for key, value in self.__getstate__().items()}
         duplicate.__dict__.update(state)
         return duplicate
+
+
+def norm_tensors(program: nn.Module, graph: fx.Graph, name: str) -> tuple[str, ...]:
+    """Names of the parameters and buffers that a norm's node reads."""
+    node = next(node for node in graph.nodes if node.name == name)
+    if node.op == "call_module":
+        return tuple(f"{node.target}.{tensor}" for tensor in program.get_submodule(str(node.target)).state_dict())
+    return tuple(str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
+
+
+def _switch(graph: fx.Graph, node: fx.Node) -> None:
+    """Let a norm read its second set."""
+    if node.op == "call_module":
+        node.target = f"{SKIP_NORMS}.{node.target}"
+        return
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            with graph.inserting_before(node):
+                node.replace_input_with(source, graph.get_attr(f"{SKIP_NORMS}.{source.target}"))
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

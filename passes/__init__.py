@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from exitify.passes.base import Pass
 
 PASSES = {
+    "choose-skips": "exitify.passes.choose_skips:ChooseSkips",
     "choose-exits": "exitify.passes.choose_exits:ChooseExits",
     "attach-heads": "exitify.passes.attach_heads:AttachHeads",
+    "switch-norms": "exitify.passes.switch_norms:SwitchNorms",
     "cut-segments": "exitify.passes.cut_segments:CutSegments",
 }
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import networkx as nx
+
 from exitify.errors import PlanError
 from exitify.heads import head_cost, head_spec
 from exitify.passes.base import Pass
@@ -47,7 +49,8 @@ class ChooseExits(Pass):
 
     `auto` and a number take values through which everything passes, spaced evenly by cost with heads counted; of
     neighbours with the same cost the last. `auto` places as many as heads and boundaries are worth, which may be none.
-    Names, of modules (`layer2.3`) or graph nodes, may be any value: what else is still needed crosses the cut too.
+    Names, of modules (`layer2.3`) or graph nodes, may be any value: what else is still needed crosses the cut too. No exit
+    stands inside of what may be left out.
 
     Attributes:
         exits: `auto`, `none`, a number, or names separated by commas.
@@ -74,6 +77,10 @@ class ChooseExits(Pass):
             chosen = sorted(dict.fromkeys(values), key=lambda value: (shares[value], list(program.values).index(value)))
             heads = [self._head_for(program, value, full) for value in chosen]
             considered = [Considered(value, _ends_module(program, value), shares[value], "exit") for value in chosen]
+            for value, name in _skippable(program).items():
+                if value in chosen:
+                    hint = "exit after a whole stage or its mandatory blocks, or leave out others: --skips"
+                    raise PlanError(f"cannot exit after {value!r}: it lies in what {name} may leave out", hint)
         else:
             chosen, heads, considered = self._spaced(program, costs, full)
         points = tuple(ExitPoint(f"exit{i}", value, _ends_module(program, value), head) for i, (value, head) in enumerate(zip(chosen, heads), 1))
@@ -86,9 +93,12 @@ class ChooseExits(Pass):
         candidates = [value for value in cut_values(program) if value != program.plan.input]
         for value in candidates:
             shares[value] = value_cost(program, costs, value).macs / max(full.macs, 1)
+        skippable = _skippable(program)
         for value, following in zip(candidates, [*candidates[1:], program.plan.output]):
             if value not in program.values:
                 verdicts[value] = "its first dimension is not the batch"
+            elif value in skippable:
+                verdicts[value] = f"it lies in what {skippable[value]} may leave out"
             elif not EARLIEST <= shares[value] <= LATEST:
                 verdicts[value] = f"outside {EARLIEST:.0%} to {LATEST:.0%} of the cost"
             elif shares.get(following) == shares[value] and following in program.values:
@@ -140,6 +150,14 @@ class ChooseExits(Pass):
             if head_cost(larger).macs <= HEAD_SHARE * full.macs:
                 return larger
         return spec
+
+
+def _skippable(program: Program) -> dict[str, str]:
+    """Values that are not computed while a skip path is left out, each with the path's name."""
+    flow = dataflow(program)
+    return {
+        value: path.name for path in program.plan.skips for value in nx.ancestors(flow, path.after) - nx.ancestors(flow, path.before) - {path.before}
+    }
 
 
 def _evenly(candidates: list[str], shares: dict[str, float], count: int) -> list[str]:

@@ -27,7 +27,7 @@ EXITS = {
 }
 """Where each network may stop, and with which heads."""
 
-PROMISE = Promise("max-drop", 0.01, 0.0, True, 100, 0.9, 0.91, 0.02, 0.6, "")
+PROMISE = Promise("max-drop", 0.01, 0.0, True, 100, 0.9, 0.91, 0.02, 0.6, 0.0, "")
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def profile_for(
         point.name: ExitSetting(point.name in thresholds, thresholds.get(point.name, 2.0), warmth.get(point.name, 1.0))
         for point in artifact.plan.exits
     }
-    return Profile(artifact.manifest.model_id, policy, settings, final_temperature, PROMISE, "onnxruntime", "")  # type: ignore[arg-type]
+    return Profile(artifact.manifest.model_id, policy, settings, final_temperature, "", PROMISE, "onnxruntime", "")  # type: ignore[arg-type]
 
 
 def with_contract(artifact: Artifact, **changes: object) -> Artifact:

@@ -120,5 +120,5 @@ def trained_artifact() -> Artifact:
 def profile(artifact: Artifact, thresholds: dict[str, float]) -> Profile:
     """A profile by hand: exits not named are off."""
     exits = {point.name: ExitSetting(point.name in thresholds, thresholds.get(point.name, 2.0), 1.0) for point in artifact.plan.exits}
-    promise = Promise("max-drop", 0.0, 0.0, True, 0, 0.0, 0.0, 0.0, 0.0, "")
-    return Profile(artifact.manifest.model_id, "top1", exits, 1.0, promise, "onnxruntime", "")
+    promise = Promise("max-drop", 0.0, 0.0, True, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
+    return Profile(artifact.manifest.model_id, "top1", exits, 1.0, "", promise, "onnxruntime", "")

@@ -29,15 +29,17 @@ def in_a_folder_with_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_readmes_python_runs_from_top_to_bottom(in_a_folder_with_digits: Path, capsys: pytest.CaptureFixture[str]):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    scope = {"network": DigitsNet().eval(), "images": torch.randn(4, 1, 32, 32), "labels": torch.arange(4)}
+    assert len(blocks) == 3
+    network, images, labels = DigitsNet().eval(), torch.randn(4, 1, 32, 32), torch.arange(4)
+    scope = {"network": network, "images": images, "labels": labels, "example": images[:1], "train_images": [images]}
+    scope |= {"loader": [(images, labels)], "optimizer": torch.optim.SGD(network.parameters(), 0.1)}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert (in_a_folder_with_digits / "net.exitify").exists()
     assert re.search(r"^\d 0\.\d+|^\d 1\.0", capsys.readouterr().out.splitlines()[-1])
     assert scope["outputs"].names[-1] == "final"
-    assert all(parameter.grad is not None for parameter in scope["program"].parameters())
     assert scope["scores"].shape == (4, 10)
+    assert scope["loss"].item() > 0
 
 
 def test_the_digits_example_ends_in_a_table_and_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

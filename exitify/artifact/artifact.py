@@ -7,7 +7,7 @@ import hashlib
 import mmap
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
-from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, Profile
-from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, merge, parse, value_info
+from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, MaskTable, Profile
+from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, identity, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
     AlteredFile,
@@ -39,6 +39,7 @@ from exitify.records import dumps, from_json, loads
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "model/weights.safetensors"
 HEADS_FILE = "model/heads.safetensors"
+MASKS_FILE = "masks.json"
 LARGEST_RECORD = 16 * 2**20
 """Most bytes of the manifest, of a profile, and of what a library says of itself."""
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
@@ -54,9 +55,9 @@ _TARGET_FILES = ("compiled.json", "library.so", "weights.safetensors")
 T = TypeVar("T")
 
 
-def graph_path(segment: str) -> str:
-    """Where a segment's ONNX model stands in the container."""
-    return f"model/{segment}.onnx"
+def graph_path(segment: str, *, second: bool = False) -> str:
+    """Where a segment's ONNX model stands in the container, with its norms' first or second set."""
+    return f"model/{segment}.second_norms.onnx" if second else f"model/{segment}.onnx"
 
 
 def target_path(target: str, name: str) -> str:
@@ -124,10 +125,29 @@ class Artifact:
         """The tensors of a safetensors file in the container (`WEIGHTS_FILE` for instance), read in place."""
         return read_tensors(memoryview(self.files[path]), path)
 
-    def graph(self, segment: str) -> Graph:
-        """A segment's ONNX graph."""
-        path = graph_path(segment)
+    def graph(self, segment: str, skipped: Collection[str] = ()) -> Graph:
+        """A segment's ONNX graph, as it runs while these skip paths are left out."""
+        found = self.plan.segment(segment)
+        is_second = found.follows in skipped
+        if is_second and found.kind == "block":
+            return identity(found.inputs[0], found.outputs[0], self.plan.values[found.outputs[0]])
+        path = graph_path(segment, second=is_second)
         return parse(bytes(self.files[path]), path)
+
+    @property
+    def masks(self) -> MaskTable | None:
+        """What was measured of the masks, if anything was."""
+        return _read_record(MaskTable, self.files[MASKS_FILE], MASKS_FILE) if MASKS_FILE in self.files else None
+
+    def with_masks(self, table: MaskTable) -> Artifact:
+        """The same artifact with these measurements of its masks, in place of older ones.
+
+        Raises:
+            MalformedManifest: they are another network's.
+        """
+        changed = build_artifact(self.manifest, {**self.files, MASKS_FILE: dumps(table)})
+        _check_masks(changed)
+        return changed
 
     def with_profile(self, name: str, profile: Profile) -> Artifact:
         """The same artifact with this profile added, or put in place of the one of that name.
@@ -218,6 +238,7 @@ def check_artifact(artifact: Artifact) -> None:
     _check_plan(artifact)
     _check_model(artifact)
     _check_profiles(artifact)
+    _check_masks(artifact)
     _check_targets(artifact)
 
 
@@ -240,13 +261,13 @@ def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
             raise MissingFile(f"the artifact lacks {path!r}, which its manifest lists", _AGAIN)
         if entry.bytes != len(files[path]) or entry.sha256 != hashlib.sha256(files[path]).hexdigest():
             raise AlteredFile(f"{path!r} in the artifact was altered: its sha256 is not the manifest's", _AGAIN)
-    allowed = {WEIGHTS_FILE, HEADS_FILE, *(graph_path(segment.name) for segment in manifest.plan.segments)}
+    allowed = {WEIGHTS_FILE, HEADS_FILE, *model_paths(manifest.plan)}
     for path in files:
         if path not in manifest.files:
             raise ExtraFile(f"the artifact holds {path!r}, which its manifest does not list", "do not use this file")
         is_profile = path.startswith("profiles/") and path.endswith(".json") and path.count("/") == 1
         is_compiled = path.startswith("targets/") and path.count("/") == 2 and path.endswith(tuple(f"/{name}" for name in _TARGET_FILES))
-        if path not in allowed and not is_profile and not is_compiled:
+        if path not in allowed and path != MASKS_FILE and not is_profile and not is_compiled:
             raise ExtraFile(f"the artifact holds {path!r}, which format {FORMAT} does not know", "do not use this file")
     for path in allowed:
         if path not in files:
@@ -292,8 +313,10 @@ def _check_model(artifact: Artifact) -> None:
     plan = artifact.plan
     spans = {path: tensor_spans(memoryview(artifact.files[path]), path) for path in (WEIGHTS_FILE, HEADS_FILE)}
     looks: dict[str, Value] = {**plan.values, **parameter_values(plan)}
-    graphs = {graph_path(segment.name): artifact.graph(segment.name) for segment in plan.segments}
-    for segment, (where, graph) in zip(plan.segments, graphs.items()):
+    first = [(segment, graph_path(segment.name), artifact.graph(segment.name)) for segment in plan.segments]
+    two_sets = [segment for segment in plan.segments if segment.has_two_norm_sets]
+    second = [(segment, graph_path(segment.name, second=True), artifact.graph(segment.name, {segment.follows})) for segment in two_sets]
+    for segment, where, graph in (*first, *second):
         reads, writes = (*segment.inputs, *segment.parameters), segment.outputs
         for found, names in ((graph.inputs, reads), (graph.outputs, writes)):
             if found != {name: value_info(name, looks[name]) for name in names}:
@@ -303,12 +326,20 @@ def _check_model(artifact: Artifact) -> None:
             expected = (np.dtype(external.dtype), external.shape, external.offset, external.offset + external.length)
             if span != expected:
                 raise MalformedManifest(f"{where} reads {name!r} from {external.location!r}, where the artifact has no such tensor", _AGAIN)
-    merge(graphs.values(), "the model")
+    merge([graph for _, _, graph in first], "the model")
+    every_path = {path.name for path in plan.skips}
+    merge([artifact.graph(segment.name, every_path) for segment in plan.segments], "the model with every skip path left out")
     for point in plan.exits:
         for name in (point.weight, point.bias):
             span = spans[HEADS_FILE].get(name)
             if span is None or span[:2] != (np.dtype(looks[name].dtype), looks[name].shape):
                 raise MalformedManifest(f"{HEADS_FILE} lacks {name!r} as {looks[name].dtype} {looks[name].shape}", _AGAIN)
+
+
+def model_paths(plan: Plan) -> list[str]:
+    """Where the graphs of all segments stand, second sets of norms included."""
+    first = [graph_path(segment.name) for segment in plan.segments]
+    return first + [graph_path(segment.name, second=True) for segment in plan.segments if segment.has_two_norm_sets]
 
 
 def parameter_values(plan: Plan) -> dict[str, Parameter]:
@@ -327,12 +358,27 @@ def _check_profiles(artifact: Artifact) -> None:
         _translate("a profile", functools.partial(check_name, "profile", name))
         if set(profile.exits) != exits or profile.model_id != artifact.manifest.model_id:
             raise MalformedManifest(f"profile {name!r} was made for another network", "calibrate again: `exitify calibrate`")
+        if len(profile.skip) != len(artifact.plan.skips) or set(profile.skip) - {"0", "1"}:
+            raise MalformedManifest(f"profile {name!r} has the mask {profile.skip[:80]!r}, which is none of this network", _AGAIN)
         for temperature in (profile.final_temperature, *(setting.temperature for setting in profile.exits.values())):
             if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
                 raise MalformedManifest(
                     f"profile {name!r} has a temperature of {temperature}, not one from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}",
                     "calibrate again: `exitify calibrate`",
                 )
+
+
+def _check_masks(artifact: Artifact) -> None:
+    table, paths = artifact.masks, len(artifact.plan.skips)
+    if table is None:
+        return
+    if table.model_id != artifact.manifest.model_id:
+        raise MalformedManifest(f"{MASKS_FILE} was measured on another network", "calibrate again: `exitify calibrate --budget-ms`")
+    for mask in table.masks:
+        if len(mask) != paths or set(mask) - {"0", "1"}:
+            raise MalformedManifest(f"{MASKS_FILE} has the mask {mask[:80]!r}, which is none of this network", _AGAIN)
+    if not table.masks or min(measured.ms for measured in table.masks.values()) <= 0:
+        raise MalformedManifest(f"{MASKS_FILE} has no masks, or one that takes no time", _AGAIN)
 
 
 def _check_targets(artifact: Artifact) -> None:
@@ -352,8 +398,12 @@ def _check_targets(artifact: Artifact) -> None:
                 raise MalformedManifest(f"the library for {name!r} names {word[:80]!r} as a part of its machine or of TVM", _AGAIN)
         if not set(compiled.segments) <= known or (not compiled.left_to and set(compiled.segments) != known):
             raise MalformedManifest(f"the library for {name!r} was compiled for other segments", "compile again: `exitify compile`")
+        for segment, made in compiled.segments.items():
+            expected = len(made.weights) if artifact.plan.segment(segment).has_two_norm_sets else 0
+            if len(made.second_weights) != expected:
+                raise MalformedManifest(f"the library for {name!r} does not give {segment!r} weights for each of its sets of norms", _AGAIN)
         path = target_path(name, "weights.safetensors")
-        listed = [weight for segment in compiled.segments.values() for weight in segment.weights]
+        listed = [weight for segment in compiled.segments.values() for weight in {*segment.weights, *segment.second_weights}]
         if sorted(listed) != sorted(tensor_spans(memoryview(artifact.files[path]), path)):
             raise MalformedManifest(f"{path} does not hold the tensors that the library for {name!r} takes", _AGAIN)
 

@@ -9,7 +9,7 @@ from typing import Literal
 from exitify.errors import DataError
 from exitify.plan import FINAL, Plan
 
-FORMAT = 1
+FORMAT = 2
 """The version of the format that this release writes, and the only one it reads."""
 
 
@@ -131,16 +131,18 @@ class ExitSetting:
 class Promise:
     """What a calibration promised, and what it rests on.
 
-    kind: `max-drop` (accuracy against the full network), `budget-macs` (share of its multiply-adds), `risk` (disagreement with it).
+    kind: `max-drop` (accuracy against the full network), `budget-macs` (share of its multiply-adds), `budget-ms` (mean time of
+        an answer), `risk` (disagreement with it).
     limit: The number asked for. confidence: Of a `risk` promise, 0 otherwise.
     kept: Whether the promise could be made; if not, the profile takes no exit, or the best found, as `note` says.
     samples: How many calibration samples it rests on.
     accuracy, full_accuracy, disagreement, mean_macs_share: What to expect of the profile, and of the full network: estimated
         on those of the samples that thresholds were not found on.
+    mean_ms: An answer's mean time where it was measured, else 0.
     note: What a reader must know besides, empty if nothing.
     """
 
-    kind: Literal["max-drop", "budget-macs", "risk"]
+    kind: Literal["max-drop", "budget-macs", "budget-ms", "risk"]
     limit: float
     confidence: float
     kept: bool
@@ -149,6 +151,7 @@ class Promise:
     full_accuracy: float
     disagreement: float
     mean_macs_share: float
+    mean_ms: float
     note: str
 
 
@@ -157,6 +160,7 @@ class Profile:
     """When to stop: a policy with its settings, calibrated for one model.
 
     policy: Which score is held against the thresholds: `top1` (largest probability) or `margin`, higher is surer.
+    skip: The mask that the thresholds belong to, one 0 or 1 a skip path; empty where the network has none.
     exits: One setting an exit of the plan.
     final_temperature: Divides the network's own logits.
     data: sha256 of the calibration samples' order, labels and pixels. engine: What recorded the outputs.
@@ -166,6 +170,7 @@ class Profile:
     policy: Literal["top1", "margin"]
     exits: Mapping[str, ExitSetting]
     final_temperature: float
+    skip: str
     promise: Promise
     engine: str
     data: str
@@ -177,16 +182,51 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class MaskMeasured:
+    """What one mask gives and costs, no exit taken.
+
+    accuracy: On the samples. disagreement: Share of them on which the whole network answers otherwise.
+    macs_share: Of the whole network's multiply-adds. ms: Median time of an answer.
+    """
+
+    accuracy: float
+    disagreement: float
+    macs_share: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """What was measured of a network's masks, so that one can be chosen for a time.
+
+    engine, threads, processor: Where times were measured. samples, data: How many, and sha256 of them.
+    masks: By mask, `0110` for instance.
+    """
+
+    model_id: str
+    engine: str
+    threads: int
+    processor: str
+    samples: int
+    data: str
+    masks: Mapping[str, MaskMeasured]
+
+
+@dataclass(frozen=True)
 class CompiledSegment:
     """One segment in a library.
 
     graph: sha256 of the graph that it was compiled from.
+    second_graph: The same for its norms' second set, empty where it has one.
     weights: Names of the derived tensors that its function takes behind the plan's inputs and parameters.
+    second_weights: What it takes in their place while its norms' second set is used; as many, most of them the same.
     error: Largest difference from the reference engine when it was compiled, over the largest magnitude of the output.
     """
 
     graph: str
+    second_graph: str
     weights: tuple[str, ...]
+    second_weights: tuple[str, ...]
     error: float
 
 

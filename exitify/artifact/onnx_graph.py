@@ -86,6 +86,12 @@ def parse(data: bytes, where: str) -> Graph:
     return segment
 
 
+def identity(given: str, gives: str, value: Value) -> Graph:
+    """A graph that passes a value on under another name."""
+    node = _field(_NODE_INPUT, given.encode()) + _field(_NODE_OUTPUT, gives.encode()) + _field(_NODE_OP_TYPE, b"Identity")
+    return Graph([node], {gives: node}, {}, {}, {given: value_info(given, value)}, {gives: value_info(gives, value)})
+
+
 def merge(segments: Iterable[Graph], where: str) -> tuple[list[bytes], dict[str, bytes]]:
     """Return the nodes of all segments in order, and their initializers by name.
 

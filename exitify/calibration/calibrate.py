@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +17,7 @@ from exitify.calibration.temperature import fit_temperature, log_softmax
 from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path, stricter_first
 from exitify.data import Samples, rows_at_once
 from exitify.errors import CalibrationError
-from exitify.plan import BOUNDARY_MACS, Plan
+from exitify.plan import BOUNDARY_MACS, FINAL, Mask, Plan, mask_text
 from exitify.progress import Progress, silent
 from exitify.runtime.session import Session
 
@@ -39,15 +40,23 @@ class Outputs:
     """Logits of every exit on the calibration samples, and their labels.
 
     logits: `(K + 1, N, classes)`, the network's own last. labels: `(N,)`. engine: What computed them.
+    mask: What was left out; whole: the logits when nothing is, `(N, classes)`, where something was.
     """
 
     logits: NDArray[np.float32]
     labels: NDArray[np.int64]
     engine: str = ""
+    mask: Mask = ()
+    whole: NDArray[np.float32] | None = None
 
     def select(self, rows: NDArray[np.integer]) -> Outputs:
         """The same for these samples only."""
-        return Outputs(self.logits[:, rows], self.labels[rows], self.engine)
+        return replace(self, logits=self.logits[:, rows], labels=self.labels[rows], whole=None if self.whole is None else self.whole[rows])
+
+    @property
+    def full(self) -> NDArray[np.float32]:
+        """The full network's logits, `(N, classes)`: nothing left out, no exit taken."""
+        return self.logits[-1] if self.whole is None else self.whole
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,9 @@ def calibrate(
     *,
     max_drop: float | None = None,
     budget_macs: float | None = None,
+    budget_ms: float | None = None,
     risk: tuple[float, float] | None = None,
+    skip: str | Sequence[bool] | None = None,
     name: str = "default",
     policy: Literal["top1", "margin"] = "top1",
     engine: str = "auto",
@@ -83,7 +94,11 @@ def calibrate(
         samples: Pictures and labels that the network was not trained on.
         max_drop: Accuracy may fall by this much below the full network's, in [0, 1].
         budget_macs: Mean cost, as a share of the full network's multiply-adds.
+        budget_ms: Mean time of an answer on this machine, with this engine. Chooses a mask too, and the artifact then holds
+            what was measured of each.
         risk: `(rate, confidence)`: answers differ from the full network's in at most this share, at this confidence.
+        skip: Skip paths that the profile leaves out (see `Plan.mask`); None is none of them, with `budget_ms` any. Promises
+            are about the full network all the same.
         name: The profile's.
         policy: The score to decide by.
         engine, threads: What records the outputs.
@@ -91,14 +106,24 @@ def calibrate(
 
     Raises:
         CalibrationError: no or several promises asked for, heads not trained, too few samples for the promise.
+        PlanError: the mask is none of this network.
     """
-    _check_request(artifact, max_drop, budget_macs, risk)
+    mask = artifact.plan.mask(skip)
+    _check_request(artifact, mask, max_drop, budget_macs, budget_ms, risk)
     check_name("profile", name)
     if len(samples) < FEWEST_SAMPLES:
         raise CalibrationError(
             f"{len(samples)} samples are too few to calibrate on", f"give at least {FEWEST_SAMPLES}; a thousand and more make the promise sharp"
         )
-    outputs = record_outputs(artifact, samples, engine=engine, threads=threads, progress=progress)
+    if budget_ms is not None:
+        from exitify.calibration.time_budget import settle_time
+
+        masks = None if skip is None else [mask]
+        table, mask, settings = settle_time(
+            artifact, samples, budget_ms, masks=masks, policy=policy, engine=engine, threads=threads, seed=seed, progress=progress
+        )
+        return _with_settings(artifact.with_masks(table), samples, mask, settings, name=name, policy=policy, engine=table.engine)
+    outputs = record_outputs(artifact, samples, skip=mask, engine=engine, threads=threads, progress=progress)
     progress("searching thresholds", 0, 1)
     if max_drop is not None:
         settings = settle_max_drop(outputs, artifact.plan, max_drop, policy=policy, seed=seed)
@@ -108,6 +133,13 @@ def calibrate(
         assert risk is not None
         settings = settle_risk(outputs, artifact.plan, *risk, policy=policy, seed=seed)
     progress("searching thresholds", 1, 1)
+    return _with_settings(artifact, samples, mask, settings, name=name, policy=policy, engine=outputs.engine)
+
+
+def _with_settings(
+    artifact: Artifact, samples: Samples, mask: Mask, settings: Settings, *, name: str, policy: Literal["top1", "margin"], engine: str
+) -> Artifact:
+    """The artifact with a profile of these settings, warned about where the samples look wrong."""
     warning = looks_memorised(settings)
     if samples.identity() == artifact.manifest.training_data:
         warning = "These are the samples that the heads were trained on. Calibrate on others."
@@ -123,26 +155,44 @@ def calibrate(
         policy,
         exits,
         float(settings.temperatures[-1]),
+        mask_text(mask),
         settings.promise,
-        engine=outputs.engine,
+        engine=engine,
         data=samples.identity(),
     )
     return artifact.with_profile(name, profile)
 
 
-def record_outputs(artifact: Artifact, samples: Samples, *, engine: str = "auto", threads: int = 1, progress: Progress = silent) -> Outputs:
-    """Run all samples through every exit."""
-    session = Session(artifact, engine=engine, profile=NO_PROFILE, threads=threads)
-    names = artifact.plan.exit_names
+def record_outputs(
+    artifact: Artifact,
+    samples: Samples,
+    *,
+    skip: str | Sequence[bool] | None = None,
+    engine: str = "auto",
+    threads: int = 1,
+    progress: Progress = silent,
+    session: Session | None = None,
+    full: NDArray[np.float32] | None = None,
+) -> Outputs:
+    """Run all samples through every exit, under a mask; and through the whole network, if that leaves something out.
+
+    Args:
+        session: In place of a new one. full: The whole network's logits, where they are known.
+    """
+    session = session or Session(artifact, engine=engine, profile=NO_PROFILE, threads=threads)
+    names, mask = artifact.plan.exit_names, artifact.plan.mask(skip)
     parts: list[NDArray[np.float32]] = []
+    whole: list[NDArray[np.float32]] = []
     done = 0
     for inputs, labels in samples.batches(rows_at_once(artifact.plan.values[artifact.plan.input])):
         progress("recording outputs", done, len(samples))
-        logits = session.record(inputs).logits
+        logits = session.record(inputs, mask).logits
         parts.append(np.stack([logits[name] for name in names]))
+        if any(mask) and full is None:
+            whole.append(session.record(inputs).logits[FINAL])
         done += len(labels)
     progress("recording outputs", done, len(samples))
-    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.name)
+    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.name, mask, np.concatenate(whole) if whole else full)
 
 
 def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: str = "top1", seed: int = 0) -> Settings:
@@ -152,19 +202,20 @@ def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: st
     thresholds that the others would have chosen at the same price of errors, and the price is chosen by that: the
     last one before an estimate is above the limit, since the cheapest of all below it would be below it by luck.
     """
-    path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
-    broken = np.flatnonzero(held_out.drop > max_drop)  # never the first step: without an exit nothing drops
-    best = int(broken[0]) - 1 if len(broken) else len(path) - 1
+    path, held_out, temperatures = cross_fit(outputs, plan, policy, seed)
+    broken = np.flatnonzero(held_out.drop > max_drop)  # the first step, without an exit, only where a mask leaves something out
+    kept = not (len(broken) and broken[0] == 0)
+    best = (max(int(broken[0]), 1) if len(broken) else len(path)) - 1
     error = held_out.drop_error[best]
     note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {error * 100:.2f} points."
     if error > max_drop > 0:
         note += f" The samples are few for this limit: about {int(len(outputs.labels) * (error / max_drop) ** 2)} would tell."
-    return _settled(path[best], temperatures, held_out, best, Promise("max-drop", max_drop, 0.0, True, len(outputs.labels), 0, 0, 0, 0, note))
+    return settled(path[best], temperatures, held_out, best, Promise("max-drop", max_drop, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, 0, note))
 
 
 def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = "top1", seed: int = 0) -> Settings:
     """The most accurate thresholds whose mean cost is within the budget."""
-    path, held_out, temperatures = _cross_fit(outputs, plan, policy, seed)
+    path, held_out, temperatures = cross_fit(outputs, plan, policy, seed)
     within = np.flatnonzero((held_out.macs <= budget) & (held_out.own_macs <= budget))
     kept = bool(len(within))
     best = int(within[held_out.drop[within].argmin()]) if kept else int(held_out.macs.argmin())
@@ -172,7 +223,7 @@ def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = 
     if not kept:
         least = max(held_out.macs[best], held_out.own_macs[best])
         note = f"a mean of {budget:g} of the multiply-adds cannot be reached, {least:.3f} is the least; " + note
-    return _settled(path[best], temperatures, held_out, best, Promise("budget-macs", budget, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, note))
+    return settled(path[best], temperatures, held_out, best, Promise("budget-macs", budget, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, 0, note))
 
 
 def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *, policy: str = "top1", seed: int = 0) -> Settings:
@@ -201,7 +252,8 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
     chosen = np.full(len(plan.exits), NEVER)
     least = judge(recorded, chosen)[1]
     any_proven = False
-    for thresholds in stricter_first(price_path(recorded)):
+    untaken = [chosen] if any(outputs.mask) else []  # without an exit nothing differs, unless something is left out
+    for thresholds in (*untaken, *stricter_first(price_path(recorded))):
         failures = round(judge(tested, thresholds)[0] * len(test.labels))
         if upper_bound(failures, len(test.labels), confidence) > rate:
             break
@@ -212,15 +264,17 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
     taken = exits_taken(tested.confidence, chosen)
     everyone = np.arange(len(taken))
     predictions = test.logits.argmax(axis=2)
-    disagreement = float((predictions[taken, everyone] != predictions[-1]).mean())
+    full = test.full.argmax(axis=1)
+    disagreement = float((predictions[taken, everyone] != full).mean())
     bound = upper_bound(round(disagreement * len(taken)), len(taken), confidence)
     note = f"at most {bound * 100:.2f} % disagreement at {confidence:g}, proven on {len(taken)} of the samples."
     promise = Promise(
-        "risk", rate, confidence, True, len(outputs.labels),
+        "risk", rate, confidence, any_proven or not any(outputs.mask), len(outputs.labels),
         accuracy=float((predictions[taken, everyone] == test.labels).mean()),
-        full_accuracy=float((predictions[-1] == test.labels).mean()),
+        full_accuracy=float((full == test.labels).mean()),
         disagreement=disagreement,
-        mean_macs_share=float(_macs(plan, chosen)[taken].mean()),
+        mean_macs_share=float(_macs(plan, outputs.mask, chosen)[taken].mean()),
+        mean_ms=0.0,
         note=note if (chosen < NEVER).any() else f"{NO_EXIT if any_proven else NOT_PROVEN} {note}",
     )  # fmt: skip
     return Settings(chosen, temperatures, promise)
@@ -238,7 +292,7 @@ def looks_memorised(settings: Settings) -> str:
 
 
 @dataclass(frozen=True)
-class _HeldOut:
+class HeldOut:
     """The steps of the path, each judged on samples that its thresholds were not found on: one number a step.
 
     own_macs: The cost of the path's own thresholds, on the samples that they were found on.
@@ -253,7 +307,7 @@ class _HeldOut:
     full_accuracy: float
 
 
-def _cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[list[NDArray[np.float64]], _HeldOut, NDArray[np.float64]]:
+def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]]:
     """The path over all samples, its first step no exit at all, and how its prices fare on samples held out."""
     temperatures = _temperatures(outputs)
     recorded = _recorded(outputs, temperatures, plan, policy, _excess_error(outputs, temperatures))
@@ -262,22 +316,24 @@ def _cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[li
     count = len(outputs.labels)
     predictions = outputs.logits.argmax(axis=2)
     right = predictions == outputs.labels
+    full = outputs.full.argmax(axis=1)
+    full_right = (full == outputs.labels).astype(float)
     drop, differs, cost, macs = (np.zeros((len(path), count)) for _ in range(4))
     folds = np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
     for fold in folds:
         others = np.setdiff1d(np.arange(count), fold)
         for step, thresholds in enumerate([nothing, *price_path(recorded.select(others))]):
             taken = exits_taken(recorded.confidence[:, fold], thresholds)
-            drop[step, fold] = right[-1, fold].astype(float) - right[taken, fold]
-            differs[step, fold] = predictions[taken, fold] != predictions[-1, fold]
+            drop[step, fold] = full_right[fold] - right[taken, fold]
+            differs[step, fold] = predictions[taken, fold] != full[fold]
             cost[step, fold] = recorded.cost(thresholds)[taken]
-            macs[step, fold] = _macs(plan, thresholds)[taken]
+            macs[step, fold] = _macs(plan, outputs.mask, thresholds)[taken]
     error = drop.std(axis=1) / np.sqrt(count)
-    own = np.array([_macs(plan, thresholds)[exits_taken(recorded.confidence, thresholds)].mean() for thresholds in path])
-    return path, _HeldOut(drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(right[-1].mean())), temperatures
+    own = np.array([_macs(plan, outputs.mask, thresholds)[exits_taken(recorded.confidence, thresholds)].mean() for thresholds in path])
+    return path, HeldOut(drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(full_right.mean())), temperatures
 
 
-def _settled(thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: _HeldOut, step: int, promise: Promise) -> Settings:
+def settled(thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: HeldOut, step: int, promise: Promise) -> Settings:
     """Settings whose promise carries what was measured at this step."""
     if not (thresholds < NEVER).any():
         promise = replace(promise, note=f"{NO_EXIT} {promise.note}")
@@ -297,10 +353,12 @@ def _temperatures(outputs: Outputs) -> NDArray[np.float64]:
 
 def _recorded(outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, policy: str, loss: NDArray[np.float64]) -> Recorded:
     """What the search works on; costs in units of the full network's, boundaries priced."""
-    confidence = np.stack([confidence_of(logits / t, policy) for logits, t in zip(outputs.logits[:-1], temperatures)])
+    confidence = np.zeros((len(plan.exits), len(outputs.labels)))
+    for row, logits, t in zip(confidence, outputs.logits, temperatures):
+        row[:] = confidence_of(logits / t, policy)
     full = plan.full_macs
     names = [point.name for point in plan.exits]
-    reach = plan.macs_at(names)
+    reach = plan.macs_at(names, outputs.mask or None)
     heads = np.array([plan.head(point).cost.macs for point in plan.exits], float)
     reach_cost = np.array([*reach.values()], float) - np.append(np.cumsum(heads), heads.sum())
     return Recorded(confidence, loss, reach_cost / full, (heads + BOUNDARY_MACS) / full)
@@ -329,29 +387,41 @@ def _excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArra
 def _disagreement(outputs: Outputs, *, smooth: bool = True) -> NDArray[np.float64]:
     """Whether each exit answers otherwise than the full network, `(K + 1, N)`; smooth: weighed by how sure that one is."""
     predictions = outputs.logits.argmax(axis=2)
-    differs = (predictions != predictions[-1]).astype(float)
+    full = outputs.full.argmax(axis=1)
+    differs = (predictions != full).astype(float)
     if not smooth:
         return differs
-    belief = np.exp(log_softmax(outputs.logits[-1]))
+    belief = np.exp(log_softmax(outputs.full))
     gap = belief.max(axis=1) - np.take_along_axis(belief, predictions.T, axis=1).T
     return 0.5 * differs + 0.5 * gap
 
 
-def _macs(plan: Plan, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+def _macs(plan: Plan, mask: Mask, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
     """Multiply-adds of a run that ends at each exit, as shares of the full network's; infinite where an exit is off."""
-    reach = plan.macs_at([point.name for point, threshold in zip(plan.exits, thresholds) if threshold < NEVER])
+    reach = plan.macs_at([point.name for point, threshold in zip(plan.exits, thresholds) if threshold < NEVER], mask or None)
     return np.array([reach.get(name, np.inf) for name in plan.exit_names], np.float64) / plan.full_macs
 
 
-def _check_request(artifact: Artifact, max_drop: float | None, budget_macs: float | None, risk: tuple[float, float] | None) -> None:
-    if sum(option is not None for option in (max_drop, budget_macs, risk)) != 1:
-        raise CalibrationError("one promise must be asked for", "give one of --max-drop 0.005, --budget-macs 0.6, --risk 0.02@0.95")
-    if not artifact.plan.exits:
-        raise CalibrationError("the artifact has no exits to calibrate", "transform with `--exits auto` or a number")
-    if not artifact.manifest.heads_trained:
+def _check_request(
+    artifact: Artifact,
+    mask: Mask,
+    max_drop: float | None,
+    budget_macs: float | None,
+    budget_ms: float | None,
+    risk: tuple[float, float] | None,
+) -> None:
+    if sum(option is not None for option in (max_drop, budget_macs, budget_ms, risk)) != 1:
+        raise CalibrationError("one promise must be asked for", "give one of --max-drop 0.005, --budget-macs 0.6, --budget-ms 12, --risk 0.02@0.95")
+    if not artifact.plan.exits and not any(mask) and not (budget_ms is not None and artifact.plan.skips):
+        raise CalibrationError(
+            "the artifact has no exits to calibrate", "leave something out, `--skip 0110`" if artifact.plan.skips else "transform with `--exits auto`"
+        )
+    if artifact.plan.exits and not artifact.manifest.heads_trained:
         raise CalibrationError("the artifact's heads are untrained", "run `exitify train` first")
     if max_drop is not None and not 0 <= max_drop <= 1:
         raise CalibrationError(f"--max-drop {max_drop:g} is no share of the samples", "0.005 is half a point of accuracy")
+    if budget_ms is not None and not 0 < budget_ms < np.inf:
+        raise CalibrationError(f"--budget-ms {budget_ms:g} is no time", "12 is twelve milliseconds an answer")
     if budget_macs is not None and not 0 < budget_macs < np.inf:
         raise CalibrationError(f"--budget-macs {budget_macs:g} is no share of the network's multiply-adds", "0.6 is three fifths")
     if risk is not None and not (0 < risk[0] < 1 and 0 < risk[1] < 1):

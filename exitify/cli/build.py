@@ -12,6 +12,7 @@ import typer
 from exitify.cli import show, tables
 from exitify.errors import ExitifyError
 from exitify.files import NotWritten
+from exitify.plan import mask_text
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ ARTIFACT = typer.Argument(help="An artifact, net.exitify.", show_default=False)
 DATA = typer.Option(help="A folder with one sub-folder a class, a .npz with x and y (file.npz#test: x_test and y_test), or package.module:loader.")
 OUTPUT = typer.Option("-o", "--output", help="Where to write; by default the artifact itself is replaced.")
 JSON = typer.Option("--json", help="Print JSON, for machines.")
+SKIP = typer.Option(help="Skip paths to leave out, one 0 or 1 each in order: 0110; all or none.")
 THREADS = typer.Option(help="CPU threads.", min=1)
 LARGEST_SEED = 2**32 - 1
 
@@ -29,6 +31,7 @@ def transform(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write.")],
     exits: Annotated[str, typer.Option(help="auto, none, how many, or names of modules separated by commas.")] = "auto",
+    skips: Annotated[str, typer.Option(help="Blocks that may be left out: auto, none, how many of each stage, or names of modules.")] = "none",
     head: Annotated[str, typer.Option(help="auto, linear, conv or mlp.")] = "auto",
     weights: Annotated[Path | None, typer.Option(help=".safetensors, or .pth read without running code.")] = None,
     input_shape: Annotated[str | None, typer.Option(help="Without the batch: 3x224x224.")] = None,
@@ -36,16 +39,19 @@ def transform(
     classes: Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the fresh heads' weights.")] = 0,
-    why: Annotated[bool, typer.Option("--why", help="List every place that was considered, and why it is no exit.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="List every place and block that was considered, and why it is no exit or cannot be left out.")
+    ] = False,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Place early exits in a trained model and write it as an artifact."""
+    """Place early exits and skip paths in a trained model and write it as an artifact."""
     import torch
 
     import exitify
     from exitify.models import load_model, parse_shape
     from exitify.passes.choose_exits import ChooseExits
-    from exitify.pipeline import add_exits
+    from exitify.passes.choose_skips import ChooseSkips
+    from exitify.pipeline import place
 
     _require_place(output)
     shape = parse_shape(input_shape) if input_shape else None
@@ -55,24 +61,45 @@ def transform(
         log.warning("%s has random weights; give its trained ones with --weights", model)
     torch.manual_seed(seed)
     captured = exitify.capture(loaded.module, loaded.example, source=loaded.source)
-    program = add_exits(captured, exits=exits, head=head)
+    program = place(captured, exits=exits, skips=skips, head=head)
     artifact = exitify.export(program, contract=loaded.contract, heads_trained=False)
     artifact.save(output)
-    considered = ChooseExits(exits=exits, head=head).decide(captured)[1] if why or not program.plan.exits else []
+    chooser = ChooseSkips(skips=skips)
+    blocks = chooser.decide(captured)[1] if skips != "none" and (why or not program.plan.skips) else []
+    with_skips = chooser(captured) if skips != "none" else captured
+    considered = ChooseExits(exits=exits, head=head).decide(with_skips)[1] if why or not program.plan.exits else []
     if json:
         show.as_json(
-            {"output": str(output), "model_id": artifact.manifest.model_id, "plan": artifact.plan, "considered": [vars(c) for c in considered]}
+            {
+                "output": str(output),
+                "model_id": artifact.manifest.model_id,
+                "plan": artifact.plan,
+                "considered": [vars(c) for c in considered],
+                "blocks": [vars(block) for block in blocks],
+            }
         )
         return
     tables.exits(artifact.plan)
     if considered:
         tables.considered(considered)
+    if program.plan.skips:
+        tables.skips(artifact.plan)
+    if blocks:
+        tables.blocks(blocks)
     next_step = f"Heads are untrained: `exitify train {output} --data DIR`" if artifact.plan.exits else "It has no exits."
     print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. {next_step}")
     loading = show.call("exitify.load_model", repr(model), weights=(weights and str(weights), None), input_shape=(shape, None),
                         preprocess=(preprocess, None), classes=(names, ()), trust=(trust, False))  # fmt: skip
     show.python_call(f"torch.manual_seed({seed}); model = {loading}")
-    placing = show.call("exitify.transform", "model.module", "model.example", exits=(exits, "auto"), head=(head, "auto"), source=(loaded.source, ""))
+    placing = show.call(
+        "exitify.transform",
+        "model.module",
+        "model.example",
+        exits=(exits, "auto"),
+        skips=(skips, "none"),
+        head=(head, "auto"),
+        source=(loaded.source, ""),
+    )
     show.python_call(f"exitify.export({placing}, contract=model.contract, heads_trained=False).save({str(output)!r})")
 
 
@@ -127,8 +154,12 @@ def calibrate(
     data: Annotated[str, DATA],
     max_drop: Annotated[float | None, typer.Option(help="Accuracy may fall by this much: 0.005 is half a point.")] = None,
     budget_macs: Annotated[float | None, typer.Option(help="Mean cost as a share of the network's multiply-adds: 0.6.")] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Mean milliseconds an answer, here and with this engine: 12. Chooses what to leave out too.")
+    ] = None,
     risk: Annotated[str | None, typer.Option(help="RATE@CONFIDENCE: at most this share of other answers, 0.02@0.95.")] = None,
     profile: Annotated[str, typer.Option(help="Name to store the settings under.")] = "default",
+    skip: Annotated[str | None, SKIP] = None,
     policy: Annotated[str, typer.Option(help="Score to decide by: top1 or margin.")] = "top1",
     output: Annotated[Path | None, OUTPUT] = None,
     engine: Annotated[str, typer.Option(help="What records the outputs.")] = "auto",
@@ -148,7 +179,7 @@ def calibrate(
         raise ExitifyError(f"there is no policy {policy!r}", "there are top1 and margin")
     with show.progress_bar() as progress:
         calibrated = find(
-            opened, samples, max_drop=max_drop, budget_macs=budget_macs, risk=parse_risk(risk), name=profile,
+            opened, samples, max_drop=max_drop, budget_macs=budget_macs, budget_ms=budget_ms, risk=parse_risk(risk), skip=skip, name=profile,
             policy=policy, engine=engine, threads=threads, seed=seed, progress=progress,  # type: ignore[arg-type]
         )  # fmt: skip
     calibrated.save(output or artifact)
@@ -157,11 +188,13 @@ def calibrate(
         show.as_json({"output": str(output or artifact), "profile": profile, **vars(made)})
         return
     tables.profile(profile, made)
+    if budget_ms is not None and calibrated.masks is not None:
+        tables.masks(calibrated.masks)
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE`")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     finding = show.call("exitify.calibrate", opening, "samples", max_drop=(max_drop, None), budget_macs=(budget_macs, None),
-                        risk=(parse_risk(risk), None), name=(profile, "default"), policy=(policy, "top1"), engine=(engine, "auto"),
-                        threads=(threads, 1), seed=(seed, 0))  # fmt: skip
+                        budget_ms=(budget_ms, None), risk=(parse_risk(risk), None), skip=(skip, None), name=(profile, "default"),
+                        policy=(policy, "top1"), engine=(engine, "auto"), threads=(threads, 1), seed=(seed, 0))  # fmt: skip
     show.python_call(f"{finding}.save({str(output or artifact)!r})")
 
 
@@ -234,9 +267,10 @@ def export(
     artifact: Annotated[Path, ARTIFACT],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .onnx to write.")],
     exit: Annotated[str, typer.Option(help="The exit to stop at always: exit2, or 2; final for the whole network.")] = "final",  # noqa: A002
+    skip: Annotated[str | None, SKIP] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Write one static ONNX network: the whole one, or up to one exit."""
+    """Write one static ONNX network: the whole one, or up to one exit, or with skip paths left out."""
     from exitify.artifact.artifact import Artifact
     from exitify.files import written_whole
     from exitify.onnx_export.static import export_static, static_stretch
@@ -244,15 +278,16 @@ def export(
     _require_place(output)
     opened = Artifact.open(artifact)
     name = f"exit{exit}" if exit.isdigit() else exit
-    model = export_static(opened, exit=name)
+    model = export_static(opened, exit=name, skip=skip)
     with written_whole(output) as stream:
         stream.write(model.SerializeToString(deterministic=True))
-    macs = static_stretch(opened, name).cost.macs
+    macs = static_stretch(opened, name, skip).cost.macs
     if json:
         show.as_json(
             {
                 "output": str(output),
                 "exit": name,
+                "skip": mask_text(opened.plan.mask(skip)),
                 "macs": macs,
                 "inputs": [i.name for i in model.graph.input],
                 "outputs": [o.name for o in model.graph.output],
@@ -260,4 +295,5 @@ def export(
         )
         return
     print(f"Wrote {output}: {show.millions(macs)} multiply-adds, {macs / opened.plan.full_macs:.3f} of the whole network.")
-    show.python_call(f"exitify.export_static(exitify.Artifact.open({str(artifact)!r}), exit={name!r})")
+    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
+    show.python_call(show.call("exitify.export_static", opening, exit=(name, "final"), skip=(skip, None)))

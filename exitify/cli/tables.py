@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import Compiled, Profile
+from exitify.artifact.manifest import Compiled, MaskTable, Profile
 from exitify.cli.show import millions, percent, say, table
 from exitify.plan import FINAL, Plan
 
 if TYPE_CHECKING:
     from exitify.benchmark import BenchReport
     from exitify.passes.choose_exits import Considered
+    from exitify.passes.choose_skips import ConsideredBlock
     from exitify.runtime.session import Answer
     from exitify.targets import Target
     from exitify.train.heads import HeadReport
@@ -29,6 +30,34 @@ def exits(plan: Plan) -> None:
     rows.append((FINAL, plan.output, millions(reach[FINAL]), percent(reach[FINAL] / plan.full_macs), "", ""))
     columns = ("exit", "after", "reached for", "of the network", "head", "its cost")
     table(f"Exits of a network of {millions(plan.full_macs)} multiply-adds", columns, rows)
+
+
+def skips(plan: Plan) -> None:
+    """What the network may leave out."""
+    rows: list[tuple[object, ...]] = []
+    for i, path in enumerate(plan.skips):
+        saved = plan.full_macs - plan.macs_at((), [i == j for j in range(len(plan.skips))])[FINAL]
+        rows.append((path.name, path.stage, ", ".join(path.blocks), millions(saved), percent(saved / plan.full_macs), len(path.norms)))
+    least = plan.macs_at((), "all")[FINAL]
+    title = f"Skip paths; with all of them left out {millions(least)} multiply-adds remain, {percent(least / plan.full_macs)}"
+    table(title, ("path", "stage", "leaves out", "saves", "of the network", "norms that switch"), rows)
+
+
+def masks(found: MaskTable) -> None:
+    """What every mask gives and costs, the whole network first."""
+    rows = [
+        (mask, percent(measured.accuracy), percent(measured.disagreement), percent(measured.macs_share), f"{measured.ms:.3f}")
+        for mask, measured in found.masks.items()
+    ]
+    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    title = f"Masks without exits, on {found.samples} samples; {found.engine}, {threads}, {found.processor}"
+    table(title, ("mask", "accuracy", "other answers", "of the multiply-adds", "ms"), rows)
+
+
+def blocks(found: Sequence[ConsideredBlock]) -> None:
+    """What was looked at, and why it cannot be left out."""
+    rows = [(block.stage, block.place, percent(block.share), block.verdict) for block in found]
+    table("Blocks considered", ("stage", "block", "of the cost", "verdict"), rows)
 
 
 def considered(places: Sequence[Considered]) -> None:
@@ -51,11 +80,13 @@ def profile(name: str, made: Profile) -> None:
             (exit_name, "on" if setting.enabled else "off", f"{setting.threshold:.4f}" if setting.enabled else "", f"{setting.temperature:.3f}")
         )
     rows.append((FINAL, "on", "", f"{made.final_temperature:.3f}"))
-    table(f"Profile {name!r}, by {made.policy}", ("exit", "runs", "threshold", "temperature"), rows)
+    masked = f", leaving out {made.skip}" if "1" in made.skip else ""
+    table(f"Profile {name!r}, by {made.policy}{masked}", ("exit", "runs", "threshold", "temperature"), rows)
     promise = made.promise
     asked = {
         "max-drop": f"drop of at most {promise.limit * 100:g} points",
         "budget-macs": f"{promise.limit:g} of the multiply-adds",
+        "budget-ms": f"{promise.limit:g} ms an answer",
         "risk": f"{promise.limit:g} other answers at {promise.confidence:g}",
     }
     say(f"Promise: {asked[promise.kind]}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
@@ -108,6 +139,10 @@ def artifact(opened: Artifact) -> None:
     shown = f": {', '.join(contract.classes[:10])}{' …' if len(contract.classes) > 10 else ''}" if contract.classes else ""
     say(f"{opened.plan.classes} classes{shown}")
     exits(opened.plan)
+    if opened.plan.skips:
+        skips(opened.plan)
+    if opened.masks is not None:
+        masks(opened.masks)
     for name, made in opened.profiles.items():
         profile(name, made)
     for library in opened.targets.values():

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitify.cli import show, tables
-from exitify.cli.build import ARTIFACT, DATA, JSON, THREADS
+from exitify.cli.build import ARTIFACT, DATA, JSON, SKIP, THREADS
 from exitify.errors import DataError, ModelError, first_line
+from exitify.plan import mask_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,8 @@ def run(
     artifact: Annotated[Path, ARTIFACT],
     inputs: Annotated[list[str], typer.Argument(help="Pictures, or .npy arrays with one or more inputs.", show_default=False)],
     profile: Annotated[str | None, PROFILE] = None,
+    skip: Annotated[str | None, SKIP] = None,
+    budget_ms: Annotated[float | None, typer.Option(help="Leave out what was measured to fit this time, in place of a profile.")] = None,
     engine: Annotated[str, ENGINE] = "auto",
     threads: Annotated[int, THREADS] = 1,
     batch: Annotated[int, typer.Option(min=1, help="How many to answer at once.")] = 1,
@@ -37,20 +40,33 @@ def run(
     from exitify.runtime.session import Session
 
     session = Session.load(artifact, engine=engine, profile=profile, threads=threads)
+    if budget_ms is not None:
+        if profile is not None or skip is not None:
+            raise DataError("--budget-ms chooses what to leave out", "give it without --profile and --skip")
+        session.use(budget_ms=budget_ms)
     named = [pair for name in inputs for pair in read_inputs(name, session.contract)]
     answers = []
     for start in range(0, len(named), batch):
         ready = [x for _, x in named[start : start + batch]]
-        answers += [session.run(ready[0])] if batch == 1 else session.run_batch(_stacked(ready))
+        answers += [session.run(ready[0], skip)] if batch == 1 else session.run_batch(_stacked(ready), skip)
     if json:
         rows = [tables.answer_json(name, answer) for (name, _), answer in zip(named, answers)]
-        show.as_json({"profile": session.profile_name, "engine": session.engine.name, "answers": rows})
+        show.as_json(
+            {
+                "profile": session.profile_name,
+                "skip": mask_text(session.artifact.plan.mask(skip)) if skip else session.mask,
+                "engine": session.engine.name,
+                "answers": rows,
+            }
+        )
         return
     tables.answers([name for name, _ in named], answers, session.artifact.plan)
+    if budget_ms is not None:
+        print(f"Left out: {session.mask}.")
     if session.profile_name is None and session.artifact.plan.exits:
         print("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
     loading = show.call("exitify.Session.load", repr(str(artifact)), engine=(engine, "auto"), profile=(profile, None), threads=(threads, 1))
-    show.python_call(f"{loading}.{'run(x)' if batch == 1 else 'run_batch(x)'}")
+    show.python_call(show.call(f"{loading}.{'run' if batch == 1 else 'run_batch'}", "x", skip=(skip, None)))
 
 
 def read_inputs(name: str, contract: InputContract) -> list[tuple[str, NDArray[Any]]]:

@@ -1,8 +1,13 @@
-"""Norms folded into the convolution before them: arithmetic on weights, so that a norm costs nothing at run time."""
+"""Norms folded into the convolution before them: arithmetic on weights, so that a norm costs nothing at run time.
+
+A norm that switches between two sets of weights stays beside the convolution, as one factor and one summand a channel: both
+sets are then arguments of one kernel, over one copy of the convolution's weights.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +16,7 @@ from onnx import ModelProto, NodeProto, helper
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def fold_norms(model: ModelProto, tensors: Arrays) -> None:
+def fold_norms(model: ModelProto, tensors: Arrays, switching: Collection[str] = ()) -> None:
     """Fold, in place, each BatchNormalization that alone reads a convolution with known weights into those weights.
 
     At inference a norm is x * scale + shift a channel. A norm that stands elsewhere stays.
@@ -20,6 +25,7 @@ def fold_norms(model: ModelProto, tensors: Arrays) -> None:
         model: Opset 20, norms in inference form.
         tensors: Its initializers by name; derived ones are added as `<value>:weight` and `<value>:bias`,
             which no module's parameters are called: a value may have its norm's own name.
+        switching: Initializers that have a second set.
     """
     graph = model.graph
     readers = Counter(name for node in graph.node for name in node.input)
@@ -33,6 +39,9 @@ def fold_norms(model: ModelProto, tensors: Arrays) -> None:
             kept.append(node)
             continue
         scale, shift = _scale_and_shift(node, tensors)
+        if node.input[1] in switching:
+            kept += _beside(node, tensors[convolution.input[1]], scale, shift, tensors)
+            continue
         weight = tensors[convolution.input[1]].astype(np.float64)
         bias = tensors[convolution.input[2]].astype(np.float64) if len(convolution.input) > 2 else 0.0
         value = node.output[0]
@@ -44,6 +53,14 @@ def fold_norms(model: ModelProto, tensors: Arrays) -> None:
         made_by[value] = convolution
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _beside(norm: NodeProto, weight: NDArray[np.generic], scale: NDArray[np.float64], shift: NDArray[np.float64], tensors: Arrays) -> list[NodeProto]:
+    """The norm as a product and a sum, with a factor and a summand for each channel."""
+    value, (scaled, factor, summand) = norm.output[0], (f"{norm.output[0]}:{part}" for part in ("scaled", "scale", "shift"))
+    shape = (-1, *[1] * (weight.ndim - 2))
+    tensors.update({factor: scale.reshape(shape).astype(weight.dtype), summand: shift.reshape(shape).astype(weight.dtype)})
+    return [helper.make_node("Mul", [norm.input[0], factor], [scaled]), helper.make_node("Add", [scaled, summand], [value])]
 
 
 def _scale_and_shift(norm: NodeProto, tensors: Arrays) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -28,13 +28,16 @@ def not_lowered(segment: Segment, why: str) -> NotLowered:
     return NotLowered(f"TVM cannot take the segment {segment.name!r}: {why}", "leave such segments to ONNX Runtime: --fallback onnxruntime")
 
 
-def segment_module(artifact: Artifact, segment: Segment) -> tvm.IRModule:
+def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False) -> tvm.IRModule:
     """Return a module whose `main` computes the segment's outputs from its inputs and parameters, in the plan's order, at batch 1.
+
+    Args:
+        second: Whether its norms take their second set; the module differs in constants alone.
 
     Raises:
         NotLowered: TVM's importer does not know an operator; the message names it.
     """
-    model = onnx.load_model_from_string(bytes(artifact.files[graph_path(segment.name)]))
+    model = onnx.load_model_from_string(bytes(artifact.files[graph_path(segment.name, second=second)]))
     weights = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -47,7 +50,11 @@ def segment_module(artifact: Artifact, segment: Segment) -> tvm.IRModule:
     point = next((point for point in artifact.plan.exits if point.logits in segment.outputs), None)
     if point is not None:
         cut_output(model, point.scores)
-    fold_norms(model, tensors)
+    switching: set[str] = set()
+    if segment.has_two_norm_sets:
+        first, other = (artifact.graph(segment.name, skipped).external.keys() for skipped in ((), (segment.follows,)))
+        switching = first ^ other
+    fold_norms(model, tensors, switching)
     read = {name for node in model.graph.node for name in node.input}
     del model.graph.initializer[:]
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items() if name in read)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 from numpy.typing import NDArray
 from tvm import relax, tirx
@@ -33,10 +34,12 @@ class Kernels:
 
     module: A Relax function a segment, under the segment's name; and kernels, equal ones once.
     weights: What each function takes behind the plan's inputs and parameters, in order.
+    second_weights: What those whose norms have a second set take in its place.
     """
 
     module: tvm.IRModule
     weights: Mapping[str, tuple[NDArray[Any], ...]]
+    second_weights: Mapping[str, tuple[NDArray[Any], ...]]
 
     @property
     def kernels(self) -> dict[str, tirx.PrimFunc]:
@@ -55,6 +58,7 @@ def lower_segments(artifact: Artifact, segments: Sequence[Segment], machine: Mac
     """
     builder = relax.BlockBuilder()
     weights: dict[str, tuple[NDArray[Any], ...]] = {}
+    second_weights: dict[str, tuple[NDArray[Any], ...]] = {}
     for segment in segments:
         try:
             lowered = _fused(segment_module(artifact, segment), segment, machine)
@@ -63,12 +67,22 @@ def lower_segments(artifact: Artifact, segments: Sequence[Segment], machine: Mac
                 raise
             continue
         function, constants = lift_constants(lowered["main"])
+        if segment.has_two_norm_sets:
+            second = _fused(segment_module(artifact, segment, second=True), segment, machine)
+            second_weights[segment.name] = _in_place_of(constants, lift_constants(second["main"])[1], segment)
         known = {
             var.name_hint: builder.add_func(kernel, var.name_hint) for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)
         }
         builder.add_func(_calling(function, known).with_attr("global_symbol", segment.name), segment.name)
         weights[segment.name] = tuple(constants)
-    return Kernels(builder.get(), weights)
+    return Kernels(builder.get(), weights, second_weights)
+
+
+def _in_place_of(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]], segment: Segment) -> tuple[NDArray[Any], ...]:
+    """The second set's constants, for the same function: those that are the first set's too are the same arrays."""
+    if [(array.shape, array.dtype) for array in first] != [(array.shape, array.dtype) for array in second]:
+        raise not_lowered(segment, "its two sets of norms do not become the same code")
+    return tuple(one if np.array_equal(one, other) else other for one, other in zip(first, second))
 
 
 def _fused(module: tvm.IRModule, segment: Segment, machine: Machine) -> tvm.IRModule:

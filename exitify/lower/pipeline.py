@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from typing import Literal
+from typing import Any, Literal
 
+from numpy.typing import NDArray
 from tvm import tirx
 
-from exitify.artifact.artifact import Artifact, check_name, graph_path
+from exitify.artifact.artifact import Artifact, check_name
 from exitify.artifact.manifest import Compiled, CompiledSegment
-from exitify.artifact.sources import source_hashes
+from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import EngineError, ExitifyError
 from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_default, shared_object, silent_stderr
@@ -75,16 +76,16 @@ def compile_artifact(
     begin("checking")
     here = machine if machine.is_here else _stand_in(machine)
     checked = executable if machine.is_here else build(kernels, scheduled, here)
-    errors = {}
+    errors: dict[str, float] = {}
     for name, error in segment_errors(artifact, kernels, checked):
         if not error <= TOLERANCE["float32"]:
             raise EngineError(
                 f"the compiled segment {name!r} differs from the reference by {error:.2g} of its magnitude, more than {TOLERANCE['float32']:g}",
                 "report this with the model",
             )
-        errors[name] = error
+        errors[name] = max(error, errors.get(name, 0.0))
     progress("checking", len(steps), len(steps))
-    names = {segment: tuple(f"{segment}.{i}" for i in range(len(weights))) for segment, weights in kernels.weights.items()}
+    first, second, weights = _named(kernels)
     compiled = Compiled(
         target=target.name,
         triple=machine.triple,
@@ -93,7 +94,7 @@ def compile_artifact(
         tvm=importlib.metadata.version("apache-tvm"),
         tvm_ffi=importlib.metadata.version("apache-tvm-ffi"),
         segments={
-            segment: CompiledSegment(artifact.manifest.files[graph_path(segment)].sha256, names[segment], errors[segment])
+            segment: CompiledSegment(*graph_hashes(artifact, segment), first[segment], second.get(segment, ()), errors[segment])
             for segment in kernels.weights
         },
         left_to=fallback if len(kernels.weights) < len(artifact.plan.segments) else "",
@@ -101,8 +102,22 @@ def compile_artifact(
         tolerance=TOLERANCE,
         trials=measured,
     )
-    weights = {name: array for segment, arrays in kernels.weights.items() for name, array in zip(names[segment], arrays)}
     return artifact.with_target(compiled, library, write_tensors(weights))
+
+
+def _named(kernels: Kernels) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]], dict[str, NDArray[Any]]]:
+    """Names of what each segment takes with its first and with its second set of norms, and all of that by name."""
+    first: dict[str, tuple[str, ...]] = {}
+    second: dict[str, tuple[str, ...]] = {}
+    weights: dict[str, NDArray[Any]] = {}
+    for segment, arrays in kernels.weights.items():
+        others = kernels.second_weights.get(segment, ())
+        first[segment] = tuple(f"{segment}.{i}" for i in range(len(arrays)))
+        weights.update(zip(first[segment], arrays))
+        if others:
+            second[segment] = tuple(name if other is one else f"{name}.second" for name, one, other in zip(first[segment], arrays, others))
+            weights.update(zip(second[segment], others))
+    return first, second, weights
 
 
 def _schedules(

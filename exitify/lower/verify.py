@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,39 +16,43 @@ from exitify.lower.library import Kernels
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines import make_engine
 
-Arrays = dict[str, NDArray[Any]]
+Array = NDArray[Any]
 
 
 def segment_errors(artifact: Artifact, kernels: Kernels, executable: relax.VMExecutable) -> Iterator[tuple[str, float]]:
-    """Yield each compiled segment's name and error: the largest difference of an output from the reference, over that output's magnitude.
+    """Yield each compiled segment's name and error, once a set of norms.
+
+    An error is the largest difference of an output from the reference, over that output's magnitude.
 
     The network's input is random, of the kind that normalised pictures are; each segment reads what the reference computed before it.
     """
     machine = relax.VirtualMachine(executable, tvm.cpu())
-    for segment, given, expected in _reference(artifact):
-        if segment.name not in kernels.weights:
-            continue
-        found = machine[segment.name](*(_tensor(array) for array in (*given, *kernels.weights[segment.name])))
+    for segment, weights, given, expected in _reference(artifact, kernels):
+        found = machine[segment.name](*(_tensor(array) for array in (*given, *weights)))
         outputs = [found] if len(segment.outputs) == 1 else list(found)
         # NumPy's largest: where one is not a number, Python's may be another.
         yield segment.name, float(np.max([_difference(output.numpy(), array) for output, array in zip(outputs, expected)]))
 
 
-def _reference(artifact: Artifact) -> Iterator[tuple[Segment, Sequence[NDArray[Any]], Sequence[NDArray[Any]]]]:
-    """Each segment with its inputs and outputs as the reference computes them."""
+def _reference(artifact: Artifact, kernels: Kernels) -> Iterator[tuple[Segment, Sequence[Array], Sequence[Array], Sequence[Array]]]:
+    """Each compiled segment, once a set of norms: its weights, and its inputs and outputs as the reference computes them."""
     plan = artifact.plan
     engine = make_engine("reference", artifact, 1)
     random = np.random.default_rng(0)
     value = plan.values[plan.input]
-    values: Arrays = {plan.input: random.standard_normal((1, *value.shape)).astype(value.dtype)}
+    values: dict[str, Array] = {plan.input: random.standard_normal((1, *value.shape)).astype(value.dtype)}
     heads = artifact.tensors(HEADS_FILE)
     values.update({name: heads.get(name, np.ones(look.shape, look.dtype)) for name, look in parameter_values(plan).items()})
     for segment in plan.segments:
         stretch = Stretch((segment.name,), segment.inputs, segment.outputs, segment.parameters, "", segment.cost)
-        names = (*segment.inputs, *segment.parameters)
-        found = engine.prepare(stretch)({name: values[name] for name in names})
+        given = {name: values[name] for name in (*segment.inputs, *segment.parameters)}
+        found = engine.prepare(stretch)(given)
         values.update(found)
-        yield segment, [values[name] for name in names], [found[name] for name in segment.outputs]
+        if segment.name in kernels.weights:
+            yield segment, kernels.weights[segment.name], list(given.values()), [found[name] for name in segment.outputs]
+        if segment.name in kernels.second_weights:
+            found = engine.prepare(replace(stretch, skipped=(segment.follows,)))(given)
+            yield segment, kernels.second_weights[segment.name], list(given.values()), [found[name] for name in segment.outputs]
 
 
 def _difference(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import onnx
 from onnx import numpy_helper
 
@@ -11,23 +14,29 @@ from exitify.errors import PlanError
 from exitify.plan import FINAL, Stretch
 
 
-def export_static(artifact: Artifact, *, exit: str = FINAL) -> onnx.ModelProto:  # noqa: A002 - the field's word
-    """Return the network that always stops at this exit, weights inside, for any ONNX runtime.
+def export_static(
+    artifact: Artifact,
+    *,
+    exit: str = FINAL,  # noqa: A002 - the field's word
+    skip: str | Sequence[bool] | None = None,
+) -> onnx.ModelProto:
+    """Return the network that always stops at this exit and always leaves these skip paths out, weights inside, for any ONNX runtime.
 
     Args:
         artifact: With trained heads, if it is an early exit's network that is wanted.
         exit: Name of an exit, or `final` for the network without exits.
+        skip: A mask, `0110` for instance (see `Plan.mask`); None leaves nothing out.
 
     Returns:
         One graph, opset 20: the artifact's input to `(N, classes)` logits, named as in the artifact.
 
     Raises:
-        PlanError: there is no such exit, or its head is untrained.
+        PlanError: there is no such exit, or its head is untrained; or the mask is none of this network.
     """
-    stretch = static_stretch(artifact, exit)
+    stretch = static_stretch(artifact, exit, skip)
     if exit != FINAL and not artifact.manifest.heads_trained:
         raise PlanError(f"the head of {exit} is untrained, and its answers mean nothing", "run `exitify train` first")
-    graphs = [artifact.graph(name) for name in stretch.segments]
+    graphs = [artifact.graph(name, stretch.skipped) for name in stretch.segments]
     model = onnx.load_model_from_string(join(graphs, stretch.inputs, stretch.outputs, artifact.plan.values))
     weights = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
     for tensor in model.graph.initializer:
@@ -43,15 +52,15 @@ def export_static(artifact: Artifact, *, exit: str = FINAL) -> onnx.ModelProto: 
     return model
 
 
-def static_stretch(artifact: Artifact, exit: str) -> Stretch:  # noqa: A002 - the field's word
-    """What a network that always stops at this exit runs, giving its logits."""
+def static_stretch(artifact: Artifact, exit: str, skip: str | Sequence[bool] | None = None) -> Stretch:  # noqa: A002 - the field's word
+    """What a network that always stops at this exit and leaves these skip paths out runs, giving its logits."""
     plan = artifact.plan
     if exit == FINAL:
-        (stretch,) = plan.stretches(())
+        (stretch,) = plan.stretches((), skip)
         return stretch
     point = plan.exit(exit)
-    first = plan.stretches((exit,))[0]
-    return Stretch(first.segments, first.inputs, (point.logits,), first.parameters, exit, first.cost)
+    first = plan.stretches((exit,), skip)[0]
+    return replace(first, outputs=(point.logits,))
 
 
 def _drop_unused(model: onnx.ModelProto) -> None:

@@ -27,8 +27,8 @@ from exitify.errors import ArtifactError, DataError, ModelError, first_line
 from exitify.heads import HeadWithScores
 from exitify.passes.cost import device_of, example_input
 from exitify.passes.cut_segments import CutSegments
-from exitify.plan import Plan, Segment, Value
-from exitify.program import HEADS, Program, copy_graph, in_mode
+from exitify.plan import Plan, Segment, Value, mask_text
+from exitify.program import HEADS, SKIP_NORMS, Program, copy_graph, in_mode, norm_tensors
 from exitify.runtime.session import Session
 from exitify.version import __version__
 
@@ -75,6 +75,8 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     for segment in program.plan.segments:
         model, inputs = cut.segment(segment, places)
         files[graph_path(segment.name)] = model.SerializeToString(deterministic=True)
+        if segment.has_two_norm_sets:
+            files[graph_path(segment.name, second=True)] = cut.with_second_norms(model, segment, places).SerializeToString(deterministic=True)
         segments.append(replace(segment, inputs=inputs))
     plan = replace(program.plan, segments=tuple(segments))
     manifest = Manifest(FORMAT, __version__, "", ModelOrigin(program.source, program.recipe), contract, plan, heads_trained)
@@ -217,6 +219,7 @@ class _Cut:
         self.nodes: list[NodeProto] = [node for node in network.graph.node if node.op_type != "Constant"]
         self.made_by = {name: i for i, node in enumerate(self.nodes) for name in node.output}
         self.plan = program.plan
+        self.switching = {path.name: {t for name in path.norms for t in norm_tensors(program, program.graph, name)} for path in program.plan.skips}
         self.owner: dict[int, str] = {}
         self.known = {program.plan.input}
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in network.graph.initializer}
@@ -278,6 +281,18 @@ class _Cut:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="exitify")
         return model, inputs
 
+    def with_second_norms(self, model: ModelProto, segment: Segment, places: Mapping[str, tuple[str, int, int]]) -> ModelProto:
+        """The segment's model, reading the second set of norms."""
+        second = ModelProto()
+        second.CopyFrom(model)
+        names = {tensor.name: f"{SKIP_NORMS}.{tensor.name}" for tensor in model.graph.initializer if tensor.name in self.switching[segment.follows]}
+        for node in second.graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+        for tensor in second.graph.initializer:
+            if tensor.name in names:
+                tensor.CopyFrom(self._initializer(names[tensor.name], places))
+        return second
+
     def _initializer(self, name: str, places: Mapping[str, tuple[str, int, int]]) -> TensorProto:
         if name in self.inside:
             return numpy_helper.from_array(self.inside[name], name)
@@ -303,13 +318,16 @@ def _compare(artifact: Artifact, program: Program) -> None:
     """Run the artifact on ONNX Runtime and the program in torch on one input; every exit must say the same."""
     value = program.values[program.plan.input]
     x = torch.rand(2, *value.shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, value.dtype))
-    with in_mode(program, training=False), torch.no_grad():
-        expected = program(x, all_exits=True)
-    recorded = Session(artifact).record(x.numpy())
-    for name, logits in zip(expected.names, expected.logits):
-        gap = np.abs(recorded.logits[name] - logits.numpy()).max() / max(float(logits.abs().max()), 1.0)
-        if not gap <= 1e-4:
-            raise ModelError(f"the exported network's {name} differs from the model's by {gap:.2g}", "report this with the model")
+    session = Session(artifact)
+    for skip in dict.fromkeys((program.plan.mask("none"), program.plan.mask("all"))):
+        with in_mode(program, training=False), torch.no_grad():
+            expected = program(x, skip=skip, all_exits=True)
+        recorded = session.record(x.numpy(), skip)
+        for name, logits in zip(expected.names, expected.logits):
+            gap = np.abs(recorded.logits[name] - logits.numpy()).max() / max(float(logits.abs().max()), 1.0)
+            if not gap <= 1e-4:
+                masked = f" with the mask {mask_text(skip)}" if any(skip) else ""
+                raise ModelError(f"the exported network's {name}{masked} differs from the model's by {gap:.2g}", "report this with the model")
 
 
 @contextlib.contextmanager

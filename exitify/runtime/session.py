@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,20 @@ import numpy as np
 
 from exitify.artifact.artifact import HEADS_FILE, NO_PROFILE, Artifact
 from exitify.artifact.manifest import InputContract, Profile
-from exitify.errors import DataError
+from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
-from exitify.plan import FINAL, SCORES, Stretch
+from exitify.plan import BOUNDARY_MACS, FINAL, SCORES, Mask, Stretch, mask_text
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import Array, Bound, Engine, Runner
 
 COPY_MACS_A_BYTE = 4
 """What copying a byte costs beside computing: 10 GB/s against 40 GMAC/s. Rows that have left a batch are dropped when
 what they would still compute costs more than copying the rows that stay."""
+
+APART_SHARE = 0.01
+"""Share of the network's cost that boundaries between pieces may add so that masks share their pieces."""
+
+_LAST, _ON = -1, -2
 
 
 # Not frozen: each field would be set through a function call, in the path of every answer.
@@ -71,7 +76,7 @@ class Recording:
 class _Step:
     """A stretch and the decision after it.
 
-    column: Which score is held against the threshold, -1 for the last stretch.
+    column: Which score is held against the threshold; `_LAST` for the last stretch, `_ON` where nothing is decided.
     """
 
     stretch: Stretch
@@ -87,8 +92,13 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Setup:
-    """Everything that follows from a profile."""
+    """Everything that follows from a profile.
 
+    mask: The skip paths that are left out. has_exits: Whether the run may stop early.
+    """
+
+    mask: Mask
+    has_exits: bool
     steps: tuple[_Step, ...]
     parameters: dict[str, Array]
 
@@ -96,7 +106,7 @@ class _Setup:
 class Session:
     """Answers with one artifact, from any number of threads.
 
-    Without a profile no exit is taken. The profile named `default` is used unless another is asked for.
+    Without a profile no exit is taken and nothing left out. The profile named `default` is used unless another is asked for.
     """
 
     def __init__(self, artifact: Artifact, *, engine: str = "auto", profile: str | None = None, threads: int = 1) -> None:
@@ -119,6 +129,8 @@ class Session:
         self._one_sample = (self.contract.shape, (1, *self.contract.shape))
         self._local = threading.local()
         self._heads = artifact.tensors(HEADS_FILE)
+        self._plain: dict[Mask, _Setup] = {}
+        self._recorders: dict[Mask, _Setup] = {}
         self.use(profile)
 
     @classmethod
@@ -131,59 +143,75 @@ class Session:
         """What the network reads."""
         return self.artifact.manifest.input
 
-    def use(self, profile: str | None) -> None:
-        """Switch to another profile between two calls; calls under way end with the one they began with.
+    def use(self, profile: str | None = None, *, budget_ms: float | None = None) -> None:
+        """Switch to another profile, with its exits and its mask, between two calls; calls under way end with the one they began with.
 
         Args:
-            profile: Its name; None means `default` if there is one; `none` is the network without exits.
+            profile: Its name; None means `default` if there is one; `none` is the whole network without exits.
+            budget_ms: In place of a profile: the mask with the most accurate answers among those measured to take no longer,
+                no exit taken.
+
+        Raises:
+            UnknownProfile: there is none of that name.
+            DataError: nothing was measured, or every mask takes longer than the budget.
         """
+        if budget_ms is not None:
+            self._setup = self._plain_setup(self.artifact.plan.mask(self._mask_within(budget_ms)))
+            self.profile_name = None
+            return
         if profile is None and "default" in self.artifact.profiles:
             profile = "default"
         name = None if profile == NO_PROFILE else profile
         self._setup = self._make_setup(None if name is None else self.artifact.profile(name))
         self.profile_name = name
 
-    def run(self, x: Array) -> Answer:
+    def run(self, x: Array, skip: str | Sequence[bool] | None = None) -> Answer:
         """Answer for one sample, stopping as soon as the profile allows.
 
         Args:
+            skip: Skip paths to leave out this time, `0110` for instance (see `Plan.mask`); None is the profile's mask.
             x: Ready for the network, `shape` or `(1, *shape)`; or one picture, uint8 `(H, W, C)`, that the contract prepares.
 
         Raises:
             DataError: wrong shape or dtype, NaN or infinity, in the input or in the network's answer.
+            PlanError: the mask is none of this network, or the profile's thresholds belong to another one.
         """
         started = time.perf_counter_ns()
         if not (type(x) is np.ndarray and x.dtype == self._dtype and x.shape in self._one_sample and _is_finite(x)):
             x = self._ready(x)
             if x.shape[0] != 1:
                 raise DataError(f"run() takes one sample, and got {x.shape[0]}", "use run_batch()")
-        setup = self._setup
+        setup = self._setup if skip is None else self._with_mask(skip)
         bound = self._bound(setup)
         bound.set_input(x if x.ndim > self._dimensions else x[None])
         for index, step in enumerate(setup.steps):
             bound.step(index)
-            if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
+            column = step.column
+            if column == _LAST or (column != _ON and bound.value(step.scores)[0, column] >= step.threshold):
                 break
         return self._answer(step, bound.value(step.logits)[0].copy(), started)
 
-    def run_batch(self, x: Array) -> list[Answer]:
+    def run_batch(self, x: Array, skip: str | Sequence[bool] | None = None) -> list[Answer]:
         """Answer for a batch; rows that have their answer are dropped from it where that pays.
 
         Args:
             x: `(N, *shape)`, or pictures, uint8 `(N, H, W, C)`.
+            skip: As for `run`.
 
         Raises:
-            DataError: wrong shape or dtype, NaN or infinity.
+            DataError, PlanError: as for `run`.
         """
         started = time.perf_counter_ns()
         values = {self.artifact.plan.input: self._ready(x)}
-        setup = self._setup
+        setup = self._setup if skip is None else self._with_mask(skip)
         answers: list[Answer | None] = [None] * len(values[self.artifact.plan.input])
         rows = np.arange(len(answers))
         for index, step in enumerate(setup.steps):
             values.update(self._call(step, values, setup))
+            if step.column == _ON:
+                continue
             logits = values[step.logits]
-            leaves = np.ones(len(rows), bool) if step.column < 0 else values[step.scores][:, step.column] >= step.threshold
+            leaves = np.ones(len(rows), bool) if step.column == _LAST else values[step.scores][:, step.column] >= step.threshold
             for i in np.flatnonzero(leaves):
                 if answers[rows[i]] is None:
                     answers[rows[i]] = self._answer(step, logits[i].copy(), started)
@@ -198,47 +226,82 @@ class Session:
                 rows = rows[stays]
         return [answer for answer in answers if answer is not None]
 
-    def record(self, x: Array) -> Recording:
-        """Run a batch through every exit, stopping nowhere."""
+    def record(self, x: Array, skip: str | Sequence[bool] | None = None) -> Recording:
+        """Run a batch through every exit, stopping nowhere; with a mask's skip paths left out, none of them by default."""
         values = {self.artifact.plan.input: self._ready(x)}
-        setup = self._everything
+        setup = self._everything(self.artifact.plan.mask(skip))
         logits, features = {}, {}
         for step in setup.steps:
             values.update(self._call(step, values, setup))
-            logits[step.stretch.exit] = values[step.logits]
+            if step.column != _ON:
+                logits[step.stretch.exit] = values[step.logits]
         for point in self.artifact.plan.exits:
             features[point.name] = values[point.features]
         return Recording(logits, features)
 
-    @functools.cached_property
-    def _everything(self) -> _Setup:
+    def _everything(self, mask: Mask) -> _Setup:
         """All exits, none taken."""
-        names = [point.name for point in self.artifact.plan.exits]
-        return self._assemble(names, {}, dict.fromkeys(names, np.inf), 0)
+        if mask not in self._recorders:
+            names = [point.name for point in self.artifact.plan.exits]
+            self._recorders[mask] = self._assemble(mask, names, {}, dict.fromkeys(names, np.inf), 0)
+        return self._recorders[mask]
+
+    def _with_mask(self, skip: str | Sequence[bool]) -> _Setup:
+        """What to run under this mask: the profile if it is its own, else the network without exits."""
+        mask, setup = self.artifact.plan.mask(skip), self._setup
+        if mask == setup.mask:
+            return setup
+        if setup.has_exits:
+            raise PlanError(
+                f"the profile {self.profile_name!r} was calibrated for the mask {mask_text(setup.mask)}, not {mask_text(mask)}",
+                f"calibrate one for it (exitify calibrate --skip {mask_text(mask)}), or take no exit: profile none",
+            )
+        return self._plain_setup(mask)
+
+    def _plain_setup(self, mask: Mask) -> _Setup:
+        """The network under a mask, without exits."""
+        if mask not in self._plain:
+            self._plain[mask] = self._assemble(mask, [], {}, {}, 0)
+        return self._plain[mask]
+
+    def _mask_within(self, budget_ms: float) -> str:
+        table = self.artifact.masks
+        if table is None:
+            raise DataError("the artifact does not say how long its masks take", "measure them on this machine: exitify calibrate --budget-ms")
+        within = [mask for mask, measured in table.masks.items() if measured.ms <= budget_ms]
+        if not within:
+            fastest = min(measured.ms for measured in table.masks.values())
+            raise DataError(f"no mask answers within {budget_ms:g} ms; the fastest takes {fastest:.3g}", "give more time, or calibrate with exits")
+        return max(within, key=lambda mask: (table.masks[mask].accuracy, -table.masks[mask].ms))
+
+    @property
+    def mask(self) -> str:
+        """The mask in use, one 0 or 1 a skip path."""
+        return mask_text(self._setup.mask)
 
     def _make_setup(self, profile: Profile | None) -> _Setup:
         if profile is None:
-            return self._assemble([], {}, {}, 0)
+            return self._plain_setup(self.artifact.plan.mask(None))
         temperatures = {name: setting.temperature for name, setting in profile.exits.items()}
         thresholds = {name: setting.threshold for name, setting in profile.exits.items()}
         enabled = [name for name in profile.enabled if name != FINAL]
-        return self._assemble(enabled, {**temperatures, FINAL: profile.final_temperature}, thresholds, SCORES.index(profile.policy))
+        mask = self.artifact.plan.mask(profile.skip)
+        return self._assemble(mask, enabled, {**temperatures, FINAL: profile.final_temperature}, thresholds, SCORES.index(profile.policy))
 
-    def _assemble(self, enabled: list[str], temperatures: dict[str, float], thresholds: dict[str, float], column: int) -> _Setup:
+    def _assemble(self, mask: Mask, enabled: list[str], temperatures: dict[str, float], thresholds: dict[str, float], column: int) -> _Setup:
         plan = self.artifact.plan
-        stretches = plan.stretches(enabled)
+        stretches = self._stretches(enabled, mask)
         macs = np.cumsum([stretch.cost.macs for stretch in stretches])
         steps = []
         for stretch, spent in zip(stretches, macs):
-            is_final = stretch.exit == FINAL
-            point = None if is_final else plan.exit(stretch.exit)
+            point = None if stretch.exit in ("", FINAL) else plan.exit(stretch.exit)
             steps.append(
                 _Step(
                     stretch,
                     self.engine.prepare(stretch),
                     logits=plan.output if point is None else point.logits,
                     scores="" if point is None else point.scores,
-                    column=-1 if is_final else column,
+                    column=_ON if not stretch.exit else _LAST if stretch.exit == FINAL else column,
                     threshold=_as_float32(thresholds.get(stretch.exit, np.inf)),
                     temperature=temperatures.get(stretch.exit, 1.0),
                     macs=int(spent),
@@ -247,7 +310,14 @@ class Session:
             )
         parameters = {name: np.ascontiguousarray(self._heads[name]) for point in plan.exits for name in (point.weight, point.bias)}
         parameters.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
-        return _Setup(tuple(steps), parameters)
+        return _Setup(mask, bool(enabled), tuple(steps), parameters)
+
+    def _stretches(self, enabled: list[str], mask: Mask) -> tuple[Stretch, ...]:
+        """What to run, in pieces that all masks share where that costs nearly nothing: then another mask needs nothing prepared anew."""
+        plan = self.artifact.plan
+        joined, apart = plan.stretches(enabled, mask), plan.stretches(enabled, mask, apart=True)
+        is_cheap = (len(apart) - len(joined)) * BOUNDARY_MACS <= APART_SHARE * plan.full_macs
+        return apart if self.engine.joins and is_cheap else joined
 
     def _call(self, step: _Step, values: dict[str, Array], setup: _Setup) -> dict[str, Array]:
         given = {name: values[name] for name in step.stretch.inputs}

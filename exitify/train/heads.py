@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact
+from exitify.artifact.artifact import HEADS_FILE, MASKS_FILE, Artifact, build_artifact
 from exitify.artifact.tensors import write_tensors
 from exitify.data import Samples
 from exitify.errors import DataError, PlanError
@@ -116,7 +116,7 @@ def train_heads(
     with _torch_threads(threads):
         best, reports = _fit(artifact, heads, files, validation, samples.labels, options, checkpoint, progress)
     tensors = {f"{HEADS}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
-    kept = {path: data for path, data in artifact.files.items() if not path.startswith("profiles/")}
+    kept = {path: data for path, data in artifact.files.items() if not path.startswith("profiles/") and path != MASKS_FILE}
     manifest = replace(artifact.manifest, heads_trained=True, training_data=samples.identity())
     trained = build_artifact(manifest, {**kept, HEADS_FILE: write_tensors(tensors)})
     if save_to is not None:

@@ -204,7 +204,7 @@ DOMAIN = "operators are of the standard domain"
 ATTRIBUTES = "attributes are numbers, strings and tensors held inside: no graphs"
 NAMES = "each name in a graph is given or computed once, before it is read"
 OUTSIDE = "external data has location, offset and length, each once"
-EVERYWHERE = "a name means the same in every graph"
+EVERYWHERE = "a name means the same in every graph, and in every graph with its norms' second set"
 
 REFUSALS: list[tuple[str, str, Callable[[ModelProto], object]]] = [
     (VERSIONS, "IR version 9, not 10", set_field("ir_version", 9)),

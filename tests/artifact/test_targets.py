@@ -39,14 +39,16 @@ LIBRARY = b"\x7fELF, as far as anyone looks"
 FILES = "a target has compiled.json, library.so and weights.safetensors"
 NAMED = "a target's name is one that it can have, and its compiled.json says the same"
 SEGMENTS = "a library's segments are the plan's, all of them unless left_to says what runs the others"
-WEIGHTS = "a target's weights.safetensors holds each tensor that its segments take, each taken once, and no other"
+WEIGHTS = "a target's weights.safetensors holds each tensor that its segments take, each taken by one of them, and no other"
 WORDS = "triple, cpu, features and versions have 1 to 64 letters, digits, `_`, `.`, `+` and `-`"
 KNOWN = "every file there is one that this format knows"
 
 
 def record(artifact: Artifact, target: str = "host", **changes: object) -> Compiled:
     """What a library says of itself that takes one derived tensor for each segment."""
-    segments = {s.name: CompiledSegment(artifact.manifest.files[graph_path(s.name)].sha256, (f"{s.name}.0",), 1e-6) for s in artifact.plan.segments}
+    segments = {
+        s.name: CompiledSegment(artifact.manifest.files[graph_path(s.name)].sha256, "", (f"{s.name}.0",), (), 1e-6) for s in artifact.plan.segments
+    }
     made = Compiled(
         target, "x86_64-linux-gnu", "x86-64-v3", ("avx2", "fma"), "0.27.0", "0.1.14", segments, "",
         source_hashes(artifact, segments), {"float32": 1e-4}, 0,
@@ -175,7 +177,7 @@ def test_a_target_without_one_of_its_files_is_refused(artifact: Artifact, name: 
     "path", ["targets/host/evil.so", "targets/library.so", "targets/host/deep/library.so", "targets/host/library.so.1", "target/host/library.so"]
 )
 def test_another_file_among_the_targets_is_refused(artifact: Artifact, path: str) -> None:
-    with refused(KNOWN, match=f"holds '{path}', which format 1 does not know"):
+    with refused(KNOWN, match=f"holds '{path}', which format 2 does not know"):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: LIBRARY}))
 
 
@@ -218,7 +220,9 @@ def test_a_record_that_is_too_long_is_refused(artifact: Artifact) -> None:
     path = target_path("host", "compiled.json")
     padded = bytes(artifact.files[path]).ljust(LARGEST_RECORD)
     assert reopened(build_artifact(artifact.manifest, {**artifact.files, path: padded})).targets == artifact.targets
-    with refused("manifest.json, each profile and each compiled.json have at most 16777216 bytes", match="compiled.json has 16777217 bytes"):
+    with refused(
+        "manifest.json, each profile, masks.json and each compiled.json have at most 16777216 bytes", match="compiled.json has 16777217 bytes"
+    ):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: padded + b" "}))
 
 

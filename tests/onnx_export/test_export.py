@@ -234,8 +234,8 @@ def test_an_export_that_computes_something_else_is_refused(monkeypatch):
     export_module._compare(artifact, program)
     for change, gap in ((1.0, r"0\.\d"), (np.nan, "nan")):
 
-        def wrong(self: Session, x: np.ndarray, change: float = change) -> object:
-            recording = record(self, x)
+        def wrong(self: Session, x: np.ndarray, skip: object, change: float = change) -> object:
+            recording = record(self, x, skip)
             return replace(recording, logits={name: logits + (change if name == "exit2" else 0) for name, logits in recording.logits.items()})
 
         monkeypatch.setattr(Session, "record", wrong)

@@ -44,6 +44,8 @@ class Engine(abc.ABC):
     """Runs stretches of one artifact. Stretches once prepared are kept, so switching profiles back costs nothing."""
 
     name: ClassVar[str]
+    joins: ClassVar[bool] = True
+    """Whether it makes one piece of a stretch's segments, so that another row of them has to be prepared anew."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.artifact, self.threads = artifact, threads
@@ -64,7 +66,7 @@ class Engine(abc.ABC):
     def joined(self, stretch: Stretch) -> tuple[bytes, dict[str, Array]]:
         """The stretch as one ONNX model, and the tensors that stand outside it by name."""
         plan = self.artifact.plan
-        graphs: list[Graph] = [self.artifact.graph(name) for name in stretch.segments]
+        graphs: list[Graph] = [self.artifact.graph(name, stretch.skipped) for name in stretch.segments]
         looks: dict[str, Value] = {**plan.values, **parameter_values(plan)}
         model = join(graphs, [*stretch.inputs, *stretch.parameters], stretch.outputs, looks)
         return model, {name: self.weights[name] for graph in graphs for name in graph.external}

@@ -39,7 +39,7 @@ class OnnxRuntimeEngine(Engine):
         self._lock = threading.Lock()
 
     def prepare(self, stretch: Stretch) -> _Runner:
-        key = (stretch.segments, stretch.inputs, stretch.outputs)
+        key = (stretch.segments, stretch.inputs, stretch.outputs, stretch.skipped)
         with self._lock:
             if key not in self._runners:
                 self._runners[key] = _Runner(self._open(stretch), stretch)

@@ -12,15 +12,15 @@ import importlib.util
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exitify.artifact.artifact import Artifact, graph_path, target_path
+from exitify.artifact.artifact import Artifact, target_path
 from exitify.artifact.manifest import Compiled
-from exitify.artifact.sources import source_hashes
+from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.errors import EngineError, LibraryRefused, first_line
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines.base import Array, Bound, Engine, Parameters, Runner
@@ -64,6 +64,7 @@ class TvmEngine(Engine):
     """Each segment is a function of the artifact's library; a stretch is a row of calls, and what one returns the next one reads."""
 
     name = "tvm"
+    joins = False
 
     def __init__(self, artifact: Artifact, threads: int, target: str = "") -> None:
         """Load the library for a target.
@@ -93,29 +94,33 @@ class TvmEngine(Engine):
     def bind(self, stretches: Sequence[Stretch], parameters: Parameters) -> Bound:
         return _Binding(self, stretches, parameters)
 
-    def function(self, segment: str) -> _Function:
-        """A segment's function for the calling thread, looked up once.
+    def function(self, segment: str, skipped: Collection[str] = ()) -> _Function:
+        """A segment's function for the calling thread while these skip paths are left out, looked up once.
 
         TVM's virtual machine keeps the registers of a call in itself, so that each thread has a machine of its own.
         """
         own = self._own
         if not hasattr(own, "machine"):
             own.machine, own.functions = self._new_machine(), {}
-        if segment not in own.functions:
-            own.functions[segment] = self._find(self.artifact.plan.segment(segment), own.machine)
-        found: _Function = own.functions[segment]
-        return found
+        found = self.artifact.plan.segment(segment)
+        is_second = found.follows in skipped
+        if (segment, is_second) not in own.functions:
+            own.functions[segment, is_second] = self._find(found, own.machine, is_second=is_second)
+        function: _Function = own.functions[segment, is_second]
+        return function
 
-    def _find(self, segment: Segment, machine: Any) -> _Function:
+    def _find(self, segment: Segment, machine: Any, *, is_second: bool) -> _Function:
+        if is_second and segment.kind == "block":
+            return lambda given: given  # left out: its output is its input
         compiled = self.compiled.segments.get(segment.name)
         if compiled is None:
             assert self._others is not None
-            return _on_onnxruntime(self._others, segment)
+            return _on_onnxruntime(self._others, segment, is_second=is_second)
         try:
             call = machine[segment.name]
         except AttributeError as error:
             raise LibraryRefused(f"the library for {self.compiled.target!r} has no function {segment.name!r}", _AGAIN) from error
-        weights = [self._weights[name] for name in compiled.weights]
+        weights = [self._weights[name] for name in (compiled.second_weights if is_second else compiled.weights)]
         if len(segment.outputs) == 1:
             return lambda given: (call(*given, *weights),)
         return lambda given: call(*given, *weights)
@@ -148,7 +153,10 @@ class _Binding(Bound):
         self.input = aligned((1, *value.shape), value.dtype)
         self.values: dict[str, Any] = {plan.input: _tensor(self.input), **{name: _tensor(array) for name, array in parameters.items()}}
         self.steps = [
-            [(engine.function(s.name), (*s.inputs, *s.parameters), s.outputs) for s in (plan.segment(name) for name in stretch.segments)]
+            [
+                (engine.function(segment.name, stretch.skipped), (*segment.inputs, *segment.parameters), segment.outputs)
+                for segment in (plan.segment(name) for name in stretch.segments)
+            ]
             for stretch in stretches
         ]
 
@@ -175,11 +183,11 @@ class _Runner(Runner):
         self.engine, self.stretch = engine, stretch
         self.segments = [engine.artifact.plan.segment(name) for name in stretch.segments]
         for name in stretch.segments:
-            engine.function(name)
+            engine.function(name, stretch.skipped)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.engine.use_threads()
-        steps = [(self.engine.function(segment.name), segment) for segment in self.segments]
+        steps = [(self.engine.function(segment.name, self.stretch.skipped), segment) for segment in self.segments]
         parameters = {name: _tensor(inputs[name]) for name in self.stretch.parameters}
         count = len(inputs[self.stretch.inputs[0]])
         results: dict[str, list[Array]] = {name: [] for name in self.stretch.outputs}
@@ -254,7 +262,7 @@ def _check(artifact: Artifact, compiled: Compiled) -> None:
                 f"{name} was compiled with {package} {wanted}, and {found} is installed", f"pip install '{package}=={wanted}', or {_AGAIN}"
             )
     for segment, made in compiled.segments.items():
-        if artifact.manifest.files[graph_path(segment)].sha256 != made.graph:
+        if graph_hashes(artifact, segment) != (made.graph, made.second_graph):
             raise LibraryRefused(f"{name} is stale: it was compiled from another graph of {segment!r}", _AGAIN)
     now = source_hashes(artifact, compiled.segments)
     stale = sorted(weight for weight in now.keys() | compiled.sources.keys() if now.get(weight) != compiled.sources.get(weight))
@@ -313,11 +321,17 @@ def _set_threads(count: int) -> None:
     _configure()(1, count, ["0"] * count)  # the list's length is what counts: nothing is tied to a core
 
 
-def _on_onnxruntime(engine: OnnxRuntimeEngine, segment: Segment) -> _Function:
+def _on_onnxruntime(engine: OnnxRuntimeEngine, segment: Segment, *, is_second: bool) -> _Function:
     """A segment that TVM could not take, on ONNX Runtime: tensors in and out as NumPy sees them, in place."""
     names = (*segment.inputs, *segment.parameters)
     stretch = Stretch(
-        segments=(segment.name,), inputs=segment.inputs, outputs=segment.outputs, parameters=segment.parameters, exit="", cost=segment.cost
+        segments=(segment.name,),
+        inputs=segment.inputs,
+        outputs=segment.outputs,
+        parameters=segment.parameters,
+        exit="",
+        cost=segment.cost,
+        skipped=(segment.follows,) if is_second else (),
     )
     run = engine.prepare(stretch)
 

@@ -1,0 +1,178 @@
+"""The most accurate mask and thresholds within a time: every mask measured on the machine at hand."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitify.artifact.artifact import NO_PROFILE, Artifact
+from exitify.artifact.manifest import ExitSetting, MaskMeasured, MaskTable, Profile, Promise
+from exitify.calibration.calibrate import HeldOut, Outputs, Settings, cross_fit, record_outputs, settled
+from exitify.calibration.thresholds import NEVER
+from exitify.data import Samples
+from exitify.plan import FINAL, Mask, Plan, mask_text
+from exitify.progress import Progress, silent
+from exitify.runtime.session import Session
+from exitify.targets import processor
+
+MOST_MASKS = 32
+"""Up to so many masks are all measured; of more, those on a greedy way from the whole network to the shallowest."""
+
+TIMED, ROUNDS = 100, 5
+"""Samples that a time rests on, and how often each mask is timed in turn with the others."""
+
+CHECKS = 6
+"""How often a choice whose time turns out above the budget is replaced by a cheaper one."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A mask with one step of its path of thresholds. ms: Estimated."""
+
+    mask: Mask
+    step: int
+    drop: float
+    ms: float
+
+
+def settle_time(
+    artifact: Artifact,
+    samples: Samples,
+    budget: float,
+    *,
+    masks: Sequence[Mask] | None = None,
+    policy: str = "top1",
+    engine: str = "auto",
+    threads: int = 1,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[MaskTable, Mask, Settings]:
+    """Return what was measured of each mask, and the mask and thresholds with the least drop of accuracy within the budget.
+
+    A mask's time is measured; with exits it is that times the share of the cost that they leave, boundaries counted. The
+    choice is then timed as it is, and replaced by a cheaper one while it takes longer than the budget.
+
+    Args:
+        budget: Mean milliseconds an answer, batch 1.
+        masks: Those to choose among; None is all of them, or `greedy_masks` where there are more than `MOST_MASKS`.
+    """
+    plan = artifact.plan
+    session = Session(artifact, engine=engine, profile=NO_PROFILE, threads=threads)
+    nothing = plan.mask(None)
+    recorded = {nothing: record_outputs(artifact, samples, session=session, progress=progress)}
+    full = recorded[nothing].full
+
+    def outputs_of(mask: Mask) -> Outputs:
+        if mask not in recorded:
+            recorded[mask] = record_outputs(artifact, samples, skip=mask, session=session, full=full, progress=progress)
+        return recorded[mask]
+
+    if masks is None:
+        every = list(itertools.product((False, True), repeat=len(plan.skips))) if 2 ** len(plan.skips) <= MOST_MASKS else None
+        masks = every or greedy_masks(plan, lambda mask: _disagreement(outputs_of(mask)))
+    rows = np.random.default_rng(seed).permutation(len(samples))[:TIMED]
+    inputs = samples.inputs(rows)
+    times = time_masks(session, list(dict.fromkeys([nothing, *masks])), inputs, progress)
+    paths: dict[Mask, tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]]] = {}
+    measured: dict[str, MaskMeasured] = {}
+    for i, mask in enumerate(times):
+        progress("searching thresholds", i, len(times))
+        outputs = outputs_of(mask)
+        right = float((outputs.logits[-1].argmax(1) == outputs.labels).mean())
+        share = plan.macs_at((), mask)[FINAL] / plan.full_macs
+        measured[mask_text(mask)] = MaskMeasured(right, _disagreement(outputs), share, times[mask])
+        if mask in masks:
+            paths[mask] = cross_fit(outputs, plan, policy, seed)
+        recorded[mask] = replace(outputs, logits=outputs.logits[:, :0], labels=outputs.labels[:0])  # thousands of classes fill the memory
+    table = MaskTable(artifact.manifest.model_id, session.engine.name, threads, processor.model_name(), len(samples), samples.identity(), measured)
+    candidates = [
+        _Candidate(mask, step, float(held_out.drop[step]), times[mask] * float(held_out.cost[step] / held_out.cost[0]))
+        for mask, (path, held_out, _) in paths.items()
+        for step in range(len(path))
+    ]
+    slower = dict.fromkeys(paths, 1.0)
+    best, ms = candidates[0], np.inf
+    for check in range(CHECKS):
+        progress("timing the choice", check, CHECKS)
+        within = [found for found in candidates if found.ms * slower[found.mask] <= budget]
+        chosen = min(within, key=lambda found: (found.drop, found.ms)) if within else min(candidates, key=lambda found: found.ms * slower[found.mask])
+        found_ms = _time_choice(artifact, chosen, paths[chosen.mask], inputs, policy, engine, threads)
+        if found_ms <= budget or found_ms < ms:
+            best, ms = chosen, found_ms
+        if ms <= budget or not within:
+            break
+        slower[chosen.mask] *= max(found_ms / (chosen.ms * slower[chosen.mask]), 1.01)
+    progress("timing the choice", CHECKS, CHECKS)
+    path, held_out, temperatures = paths[best.mask]
+    note = f"{ms:.2f} ms measured with {session.engine.name} on {processor.model_name()}; "
+    note += f"estimated drop {held_out.drop[best.step] * 100:+.2f} ± {held_out.drop_error[best.step] * 100:.2f} points."
+    promise = Promise("budget-ms", budget, 0.0, ms <= budget, len(samples), 0, 0, 0, 0, ms, note)
+    return table, best.mask, settled(path[best.step], temperatures, held_out, best.step, promise)
+
+
+def time_masks(session: Session, masks: Sequence[Mask], inputs: NDArray[np.generic], progress: Progress = silent) -> dict[Mask, float]:
+    """Milliseconds an answer of each mask without exits: the median over rounds in which all take their turn."""
+    rounds: dict[Mask, list[float]] = {mask: [] for mask in masks}
+    for mask in masks:
+        for x in inputs[:3]:
+            session.run(x, mask)
+    for i in range(ROUNDS):
+        for j, (mask, found) in enumerate(rounds.items()):
+            progress("timing masks", i * len(masks) + j, ROUNDS * len(masks))
+            for x in inputs[i::ROUNDS]:
+                started = time.perf_counter_ns()
+                session.run(x, mask)
+                found.append((time.perf_counter_ns() - started) / 1e6)
+    return {mask: float(np.median(found)) for mask, found in rounds.items()}
+
+
+def greedy_masks(plan: Plan, loss: object) -> list[Mask]:
+    """Masks from none to all: at each step the path is left out that costs least for what it saves."""
+    assert callable(loss)
+    mask = plan.mask(None)
+    chosen = [mask]
+    while not all(mask):
+        options = [tuple(flag or i == j for j, flag in enumerate(mask)) for i, flag in enumerate(mask) if not flag]
+        saved = [plan.macs_at((), mask)[FINAL] - plan.macs_at((), option)[FINAL] for option in options]
+        losses = [float(loss(option)) for option in options]
+        mask = options[int(np.argmin([lost / max(save, 1) for lost, save in zip(losses, saved)]))]
+        chosen.append(mask)
+    return chosen
+
+
+def _disagreement(outputs: Outputs) -> float:
+    """Share of the samples on which the mask's network answers otherwise than the whole one."""
+    return float((outputs.logits[-1].argmax(1) != outputs.full.argmax(1)).mean())
+
+
+def _time_choice(
+    artifact: Artifact,
+    choice: _Candidate,
+    found: tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]],
+    inputs: NDArray[np.generic],
+    policy: str,
+    engine: str,
+    threads: int,
+) -> float:
+    """Mean milliseconds an answer with this mask and these thresholds."""
+    path, _, temperatures = found
+    settings = {
+        point.name: ExitSetting(bool(threshold < NEVER), float(min(threshold, 2.0)), float(temperature))
+        for point, threshold, temperature in zip(artifact.plan.exits, path[choice.step], temperatures)
+    }
+    promise = Promise("budget-ms", 0.0, 0.0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
+    profile = Profile(artifact.manifest.model_id, policy, settings, float(temperatures[-1]), mask_text(choice.mask), promise, "", "")  # type: ignore[arg-type]
+    session = Session(artifact.with_profile("timed", profile), engine=engine, profile="timed", threads=threads)
+    for x in inputs[:10]:
+        session.run(x)
+    times = []
+    for x in inputs:
+        started = time.perf_counter_ns()
+        session.run(x)
+        times.append((time.perf_counter_ns() - started) / 1e6)
+    return float(np.mean(times))
