@@ -278,7 +278,7 @@ class Plan:
                 raise PlanError(f"there is nothing to skip for the mask {shown}: this network has no skip paths", "transform with `--skips auto`")
             names = ", ".join(f"{path.name} ({path.stage})" for path in self.skips)
             raise PlanError(f"the mask {shown} is not one 0 or 1 for each of the {count} skip paths", f"they are, in order, {names}")
-        return tuple(flag == 1 for flag in flags)
+        return tuple(bool(flag) for flag in flags)
 
     def left_out(self, skip: str | Sequence[bool] | None) -> tuple[SkipPath, ...]:
         """The skip paths that a mask leaves out (see `mask`)."""

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import networkx as nx
+
 from exitify.errors import PlanError
 from exitify.passes.base import Pass
 from exitify.passes.cost import node_costs, value_cost
-from exitify.passes.dataflow import cut_values
+from exitify.passes.dataflow import cut_values, dataflow
 from exitify.passes.residual_stages import Block, Stage, find_stages
 from exitify.plan import SkipPath
 from exitify.program import Program
@@ -139,7 +141,18 @@ def _why_not(program: Program, output: str, before: str, after: str) -> str:
         return "its first dimension is not the batch"
     if looks[0] != looks[1]:
         return "its input and its output look different"
-    return "it gives the network's own answer" if after == output else ""
+    if after == output:
+        return "it gives the network's own answer"
+    flow = dataflow(program)
+    inside = (nx.ancestors(flow, after) | {after}) - nx.ancestors(flow, before)
+    pending = [source for node in program.graph.nodes if node.name in inside - {before} for source in node.all_input_nodes]
+    while pending:
+        source = pending.pop()
+        if source.name not in flow:
+            pending.extend(source.all_input_nodes)  # a size, worked out from another value
+        elif source.name not in inside:
+            return f"it reads the size of {source.name!r}, which its input does not tell"
+    return ""
 
 
 def _considered(program: Program, stages: Sequence[Stage], verdicts: dict[Block, str]) -> list[ConsideredBlock]:

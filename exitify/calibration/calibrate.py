@@ -31,8 +31,8 @@ SEARCH_SHARE = 0.4
 
 FEWEST_SAMPLES = 50
 
-NOT_PROVEN = "No exit could be proven to keep this promise on these samples: the full network runs."
-NO_EXIT = "No exit pays within this promise: the full network runs."
+NOT_PROVEN = "Nothing could be proven to keep this promise on these samples"
+NO_EXIT = "No exit pays within this promise"
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,8 @@ def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: st
     note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {error * 100:.2f} points."
     if error > max_drop > 0:
         note += f" The samples are few for this limit: about {int(len(outputs.labels) * (error / max_drop) ** 2)} would tell."
-    return settled(path[best], temperatures, held_out, best, Promise("max-drop", max_drop, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, 0, note))
+    promise = Promise("max-drop", max_drop, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, 0, note)
+    return settled(path[best], temperatures, held_out, best, promise, outputs.mask)
 
 
 def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = "top1", seed: int = 0) -> Settings:
@@ -223,7 +224,8 @@ def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = 
     if not kept:
         least = max(held_out.macs[best], held_out.own_macs[best])
         note = f"a mean of {budget:g} of the multiply-adds cannot be reached, {least:.3f} is the least; " + note
-    return settled(path[best], temperatures, held_out, best, Promise("budget-macs", budget, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, 0, note))
+    promise = Promise("budget-macs", budget, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, 0, note)
+    return settled(path[best], temperatures, held_out, best, promise, outputs.mask)
 
 
 def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *, policy: str = "top1", seed: int = 0) -> Settings:
@@ -275,7 +277,7 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
         disagreement=disagreement,
         mean_macs_share=float(_macs(plan, outputs.mask, chosen)[taken].mean()),
         mean_ms=0.0,
-        note=note if (chosen < NEVER).any() else f"{NO_EXIT if any_proven else NOT_PROVEN} {note}",
+        note=note if (chosen < NEVER).any() else f"{_without_exits(NO_EXIT if any_proven else NOT_PROVEN, outputs.mask)} {note}",
     )  # fmt: skip
     return Settings(chosen, temperatures, promise)
 
@@ -333,10 +335,12 @@ def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[lis
     return path, HeldOut(drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(full_right.mean())), temperatures
 
 
-def settled(thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: HeldOut, step: int, promise: Promise) -> Settings:
-    """Settings whose promise carries what was measured at this step."""
-    if not (thresholds < NEVER).any():
-        promise = replace(promise, note=f"{NO_EXIT} {promise.note}")
+def settled(
+    thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: HeldOut, step: int, promise: Promise, mask: Mask
+) -> Settings:
+    """Settings whose promise carries what was measured at this step, under this mask."""
+    if len(thresholds) and not (thresholds < NEVER).any():
+        promise = replace(promise, note=f"{_without_exits(NO_EXIT, mask)} {promise.note}")
     measured = replace(
         promise,
         accuracy=held_out.full_accuracy - float(held_out.drop[step]),
@@ -345,6 +349,10 @@ def settled(thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], 
         mean_macs_share=float(held_out.macs[step]),
     )
     return Settings(thresholds, temperatures, measured)
+
+
+def _without_exits(why: str, mask: Mask) -> str:
+    return f"{why}: the full network runs, without what the mask leaves out." if any(mask) else f"{why}: the full network runs."
 
 
 def _temperatures(outputs: Outputs) -> NDArray[np.float64]:

@@ -139,6 +139,8 @@ def train(
     tables.heads(reports)
     if opened.profiles:
         print(f"Dropped the profiles {', '.join(opened.profiles)}: they were calibrated for other heads.")
+    if opened.masks is not None:
+        print("Dropped what was measured of masks: `exitify calibrate --budget-ms` measures it again.")
     for name, library in trained.targets.items():
         if source_hashes(trained, library.segments) != library.sources:
             print(f"The library for {name} was compiled from other heads: `exitify compile {output or artifact} --target {name}`")
@@ -185,7 +187,8 @@ def calibrate(
     calibrated.save(output or artifact)
     made = calibrated.profile(profile)
     if json:
-        show.as_json({"output": str(output or artifact), "profile": profile, **vars(made)})
+        measured = {} if budget_ms is None else {"masks": calibrated.masks}
+        show.as_json({"output": str(output or artifact), "profile": profile, **vars(made), **measured})
         return
     tables.profile(profile, made)
     if budget_ms is not None and calibrated.masks is not None:

@@ -63,9 +63,11 @@ def run(
     tables.answers([name for name, _ in named], answers, session.artifact.plan)
     if budget_ms is not None:
         print(f"Left out: {session.mask}.")
-    if session.profile_name is None and session.artifact.plan.exits:
+    elif session.profile_name is None and session.artifact.plan.exits:
         print("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
     loading = show.call("exitify.Session.load", repr(str(artifact)), engine=(engine, "auto"), profile=(profile, None), threads=(threads, 1))
+    if budget_ms is not None:
+        loading = f"session = {loading}; session.use(budget_ms={budget_ms!r}); session"
     show.python_call(show.call(f"{loading}.{'run' if batch == 1 else 'run_batch'}", "x", skip=(skip, None)))
 
 
@@ -170,7 +172,7 @@ def inspect(artifact: Annotated[Path, ARTIFACT], json: Annotated[bool, JSON] = F
     opened = Artifact.open(artifact)
     manifest = opened.manifest
     if json:
-        show.as_json({**vars(manifest), "profiles": opened.profiles, "targets": opened.targets})
+        show.as_json({**vars(manifest), "profiles": opened.profiles, "masks": opened.masks, "targets": opened.targets})
         return
     print(f"{artifact}, {artifact.stat().st_size / 2**20:.1f} MiB")
     tables.artifact(opened)

@@ -7,7 +7,7 @@ sets are then arguments of one kernel, over one copy of the convolution's weight
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, helper
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def fold_norms(model: ModelProto, tensors: Arrays, switching: Collection[str] = ()) -> None:
+def fold_norms(model: ModelProto, tensors: Arrays, switching: AbstractSet[str] = frozenset()) -> None:
     """Fold, in place, each BatchNormalization that alone reads a convolution with known weights into those weights.
 
     At inference a norm is x * scale + shift a channel. A norm that stands elsewhere stays.
@@ -39,7 +39,7 @@ def fold_norms(model: ModelProto, tensors: Arrays, switching: Collection[str] = 
             kept.append(node)
             continue
         scale, shift = _scale_and_shift(node, tensors)
-        if node.input[1] in switching:
+        if not switching.isdisjoint(node.input[1:]):
             kept += _beside(node, tensors[convolution.input[1]], scale, shift, tensors)
             continue
         weight = tensors[convolution.input[1]].astype(np.float64)

@@ -62,14 +62,14 @@ def lower_segments(artifact: Artifact, segments: Sequence[Segment], machine: Mac
     for segment in segments:
         try:
             lowered = _fused(segment_module(artifact, segment), segment, machine)
+            function, constants = lift_constants(lowered["main"])
+            if segment.has_two_norm_sets:
+                second = _fused(segment_module(artifact, segment, second=True), segment, machine)
+                second_weights[segment.name] = _in_place_of(constants, lift_constants(second["main"])[1], segment)
         except NotLowered:
             if not leave:
                 raise
             continue
-        function, constants = lift_constants(lowered["main"])
-        if segment.has_two_norm_sets:
-            second = _fused(segment_module(artifact, segment, second=True), segment, machine)
-            second_weights[segment.name] = _in_place_of(constants, lift_constants(second["main"])[1], segment)
         known = {
             var.name_hint: builder.add_func(kernel, var.name_hint) for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)
         }

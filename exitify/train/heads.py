@@ -76,7 +76,7 @@ def train_heads(
     """Return the artifact with trained heads, and how good each is.
 
     The backbone runs in ONNX Runtime from the artifact; nothing of it, statistics of its norms included, changes.
-    Profiles are dropped: they were calibrated for other heads.
+    Profiles are dropped, and what was measured of masks: they belong to the network with its former heads.
 
     Args:
         artifact: With exits.

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from exitify.errors import PlanError
-from exitify.plan import Value
-from exitify.program import ExitOutputs, Program
+from exitify.plan import SkipPath
+from exitify.program import ExitOutputs, Program, norm_tensors
 
 Features = Literal["pooled", "positions", "none"]
 """How a stage's output becomes a distribution over its channels: averaged over positions first, at every position, or not at all."""
@@ -62,6 +62,8 @@ class SkipAwareDistillation:
         self.model, self.plan = model, plan
         self.alpha, self.features, self.temperature, self.distil = alpha, features, temperature, distil
         self.criterion = criterion or functional.cross_entropy
+        program = program_of(model)
+        self._channels_last = [len(program.values[path.after].shape) == 3 and _has_channels_last(program, path) for path in plan.skips]
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, a scalar."""
@@ -80,9 +82,8 @@ class SkipAwareDistillation:
         t = self.temperature
         divergence = t * t * _divergence(full.final.detach() / t, base.final / t)
         if self.features != "none":
-            for path, teacher, student in zip(self.plan.skips, full.stages, base.stages):
-                value = program_of(self.model).values[path.after]
-                divergence = divergence + _divergence(*(_over_channels(h, value, self.features) for h in (teacher.detach(), student)))
+            for last, teacher, student in zip(self._channels_last, full.stages, base.stages):
+                divergence = divergence + _divergence(*(_over_channels(h, last, self.features) for h in (teacher.detach(), student)))
         yield (1 - self.alpha) * divergence
 
 
@@ -103,14 +104,22 @@ def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def _over_channels(h: torch.Tensor, value: Value, features: Features) -> torch.Tensor:
+def _over_channels(h: torch.Tensor, channels_last: bool, features: Features) -> torch.Tensor:
     """A stage's output with its channels last: `(N, C)` averaged over positions, or `(N, positions, C)`."""
-    if len(value.shape) == 3 and not _has_channels_last(value):
+    if h.ndim == 4 and not channels_last:
         h = h.flatten(2).transpose(1, 2)
     h = h.reshape(len(h), -1, h.shape[-1])
     return h.mean(dim=1, dtype=torch.float32) if features == "pooled" else h
 
 
-def _has_channels_last(value: Value) -> bool:
-    """Whether a map `(H, W, C)` or `(C, H, W)` is the former: its first two sides are alike, and its last is not."""
-    return value.shape[0] == value.shape[1] != value.shape[2]
+def _has_channels_last(program: Program, path: SkipPath) -> bool:
+    """Whether the stage's output is a map `(H, W, C)` and not `(C, H, W)`.
+
+    Its norms have a number for each channel; where that does not tell, or nothing switches, a map is wider than it is deep:
+    its first two sides are alike, and its last is not.
+    """
+    shape = program.values[path.after].shape
+    members = {**dict(program.named_parameters()), **dict(program.named_buffers())}
+    sizes = {members[tensor].numel() for norm in path.norms for tensor in norm_tensors(program, program.graph, norm)}
+    first, last = shape[0] in sizes, shape[-1] in sizes
+    return last if first != last else shape[0] == shape[1] != shape[2]
