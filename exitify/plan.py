@@ -192,7 +192,7 @@ class Segment:
 class Stretch:
     """Segments that run in a row with no decision between them: one call of an engine.
 
-    exit: The exit decided upon afterwards, `final` for the last stretch; empty where nothing is decided.
+    exit: The exit decided upon afterwards, `final` for the last stretch.
     skipped: The skip paths that are left out, of those that one of the segments follows.
     """
 
@@ -284,14 +284,11 @@ class Plan:
         """The skip paths that a mask leaves out (see `mask`)."""
         return tuple(path for path, flag in zip(self.skips, self.mask(skip)) if flag)
 
-    def stretches(self, enabled: Collection[str], skip: str | Sequence[bool] | None = None, *, apart: bool = False) -> tuple[Stretch, ...]:
+    def stretches(self, enabled: Collection[str], skip: str | Sequence[bool] | None = None) -> tuple[Stretch, ...]:
         """What to run, in order, when just these exits may be taken and the mask's skip paths are left out.
 
         Reaching an exit costs the least it can: a stretch holds what its exit needs that is not computed yet, and
         boundaries at exits that are not enabled vanish.
-
-        Args:
-            apart: Whether a stretch ends wherever a mask could make a difference, so that all masks are made of the same few.
 
         Raises:
             PlanError: an exit that the plan does not have, or a mask of another length.
@@ -304,14 +301,11 @@ class Plan:
         ]
         goals.append((FINAL, (self.output,)))
         done: set[str] = set()
-        groups: list[tuple[str, tuple[str, ...], list[Segment]]] = []
+        groups = []
         for exit_name, wanted in goals:
             needed = self._ancestors(wanted) - done
-            row = [s for s in self.segments if s.name in needed]
+            groups.append((exit_name, wanted, [s for s in self.segments if s.name in needed]))
             done |= needed
-            pieces = self._pieces(row, skipped) if apart else [row]
-            groups.extend(("", (), piece) for piece in pieces[:-1])
-            groups.append((exit_name, wanted, pieces[-1]))
         stretches: list[Stretch] = []
         read_later: set[str] = set()
         for exit_name, wanted, segments in reversed(groups):
@@ -324,18 +318,6 @@ class Plan:
             stretches.append(Stretch(tuple(s.name for s in segments), read, kept, parameters, exit_name, cost, followed))
             read_later |= set(read)
         return tuple(reversed(stretches))
-
-    def _pieces(self, row: list[Segment], skipped: Collection[str]) -> list[list[Segment]]:
-        """A row of segments cut where a mask could make a difference; what is left out goes with what follows it."""
-        pieces: list[list[Segment]] = [[]]
-        for segment in row:
-            before = pieces[-1]
-            joins = not before or _is_left_out(before[-1], skipped) or (segment.follows == before[-1].follows == "")
-            if joins:
-                before.append(segment)
-            else:
-                pieces.append([segment])
-        return pieces
 
     def macs_at(self, enabled: Collection[str], skip: str | Sequence[bool] | None = None) -> dict[str, int]:
         """Multiply-adds of a run that ends at each of these exits, the heads tried on the way counted."""

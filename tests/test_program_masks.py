@@ -421,42 +421,19 @@ def test_with_exits_too_a_mask_saves_the_blocks_before_each_of_them(name, data):
 
 
 @given(NETWORKS, st.data())
-def test_stretches_run_the_same_segments_in_the_same_order_however_they_are_cut(name, data):
+def test_stretches_run_the_same_segments_in_the_same_order_under_every_mask(name, data):
     program = network(name)
     plan, mask, enabled = program.plan, a_mask(data, program), some_exits(data, program)
-    for apart in (False, True):
-        stretches = plan.stretches(enabled, mask, apart=apart)
-        assert [s for stretch in stretches for s in stretch.segments] == [s for stretch in plan.stretches(enabled) for s in stretch.segments]
-        assert [stretch.exit for stretch in stretches if stretch.exit] == [point for point in plan.exit_names if point in {*enabled, FINAL}]
-        known = {plan.input}
-        for stretch in stretches:
-            assert stretch.segments
-            assert set(stretch.inputs) <= known
-            made = {value for segment in stretch.segments for value in plan.segment(segment).outputs}
-            assert set(stretch.outputs) <= made
-            known |= set(stretch.outputs)
-    assert sum(s.cost.macs for s in plan.stretches(enabled, mask, apart=True)) == sum(s.cost.macs for s in plan.stretches(enabled, mask))
-
-
-@pytest.mark.parametrize("name", ["cifar", "inside", "pieces", "encoders"])
-def test_stretches_apart_are_few_over_all_masks(name):
-    program = network(name)
-    masks = all_masks(program)
-    for enabled in ((), program.plan.exit_names[:-1]):
-        apart = {(s.segments, s.skipped) for mask in masks for s in program.plan.stretches(enabled, mask, apart=True)}
-        assert len(apart) <= 4 * len(program.plan.segments)  # each with either flag, with or without what is left out before it
-
-
-@given(NETWORKS, st.data())
-def test_a_stretch_apart_holds_one_segment_that_a_mask_changes_or_those_that_none_does_behind_what_is_left_out(name, data):
-    program = network(name)
-    plan, mask, enabled = program.plan, a_mask(data, program), some_exits(data, program)
-    skipped = {path.name for path in plan.left_out(mask)}
-    for stretch in plan.stretches(enabled, mask, apart=True):
-        segments = [plan.segment(segment) for segment in stretch.segments]
-        rest = segments[1:] if segments[0].kind == "block" and segments[0].follows in skipped else segments
-        assert rest or stretch.exit  # what is left out is a stretch of its own only where nothing follows
-        assert len(rest) <= 1 or not any(segment.follows for segment in rest)
+    stretches = plan.stretches(enabled, mask)
+    assert [s for stretch in stretches for s in stretch.segments] == [s for stretch in plan.stretches(enabled) for s in stretch.segments]
+    assert [stretch.exit for stretch in stretches] == [point for point in plan.exit_names if point in {*enabled, FINAL}]
+    known = {plan.input}
+    for stretch in stretches:
+        assert stretch.segments
+        assert set(stretch.inputs) <= known
+        made = {value for segment in stretch.segments for value in plan.segment(segment).outputs}
+        assert set(stretch.outputs) <= made
+        known |= set(stretch.outputs)
 
 
 def switched_segment(program: Program, segment: Segment, skipped: set[str]) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -474,16 +451,15 @@ def switched_segment(program: Program, segment: Segment, skipped: set[str]) -> C
     return lambda *inputs: function(program, *inputs)
 
 
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("name", ["cifar", "inside", "pieces", "encoders"])
-def test_stretches_executed_one_after_another_are_the_program_under_that_mask(name, apart):
+def test_stretches_executed_one_after_another_are_the_program_under_that_mask(name):
     program = network(name)
     x, exits = images(2), program.plan.exit_names[:-1]
     with torch.no_grad():
         for mask in all_masks(program):
             skipped = {path.name for path in program.plan.left_out(mask)}
             expected, kept = program(x, skip=mask, all_exits=True), {program.plan.input: x}
-            for stretch in program.plan.stretches(exits, mask, apart=apart):
+            for stretch in program.plan.stretches(exits, mask):
                 assert set(stretch.skipped) == skipped & {program.plan.segment(s).follows for s in stretch.segments}
                 values = {value: kept[value] for value in stretch.inputs}
                 for segment in map(program.plan.segment, stretch.segments):

@@ -31,7 +31,7 @@ SEARCH_SHARE = 0.4
 
 FEWEST_SAMPLES = 50
 
-NOT_PROVEN = "Nothing could be proven to keep this promise on these samples"
+NOT_PROVEN = "No exit could be proven to keep this promise on these samples"
 NO_EXIT = "No exit pays within this promise"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +65,7 @@ def settle_time(
     session = Session(artifact, engine=engine, profile=NO_PROFILE, threads=threads)
     nothing = plan.mask(None)
     recorded = {nothing: record_outputs(artifact, samples, session=session, progress=progress)}
-    full = recorded[nothing].full
+    full = recorded[nothing].full.copy()  # a view would keep what every exit said
 
     def outputs_of(mask: Mask) -> Outputs:
         if mask not in recorded:
@@ -88,7 +88,7 @@ def settle_time(
         measured[mask_text(mask)] = MaskMeasured(right, _disagreement(outputs), share, times[mask])
         if mask in masks:
             paths[mask] = cross_fit(outputs, plan, policy, seed)
-        recorded[mask] = replace(outputs, logits=outputs.logits[:, :0], labels=outputs.labels[:0])  # thousands of classes fill the memory
+        del outputs, recorded[mask]  # thousands of classes fill the memory
     table = MaskTable(artifact.manifest.model_id, session.engine.name, threads, processor.model_name(), len(samples), samples.identity(), measured)
     candidates = [
         _Candidate(mask, step, float(held_out.drop[step]), times[mask] * float(held_out.cost[step] / held_out.cost[0]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from exitify.cli import build, use
+from exitify.cli import build, show, use
 from exitify.errors import ExitifyError
 
 EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort", "tvm": "compile"}
@@ -66,9 +66,9 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except ExitifyError as error:
-        print(f"exitify: {error.problem}", file=sys.stderr)
+        print(show.printable(f"exitify: {error.problem}"), file=sys.stderr)
         if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
+            print(show.printable(f"  hint: {error.hint}"), file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:  # whoever read the output has gone (`| head -1`); what Python flushes at its end goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -86,6 +86,8 @@ def transform(
         tables.skips(artifact.plan)
     if blocks:
         tables.blocks(blocks)
+    if skips != "none" and not artifact.plan.skips:
+        print("It has no skip paths: no residual block can be left out.")
     next_step = f"Heads are untrained: `exitify train {output} --data DIR`" if artifact.plan.exits else "It has no exits."
     print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. {next_step}")
     loading = show.call("exitify.load_model", repr(model), weights=(weights and str(weights), None), input_shape=(shape, None),

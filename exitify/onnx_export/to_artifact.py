@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -126,7 +128,7 @@ def _whole_network(program: Program) -> tuple[ModelProto, dict[str, list[str]]]:
     _copy_before_overwriting(graph, nodes, program)
     final = next(node for node in graph.nodes if node.op == "output")
     final.args = (tuple(outputs.values()),)
-    module = fx.GraphModule(program.replace(members={HEADS: heads}), graph).eval()
+    module = _untied(fx.GraphModule(program.replace(members={HEADS: heads}), graph).eval(), program)
     weights = program.state_dict().keys()
 
     def is_no_weight(node: Any) -> bool | None:
@@ -153,6 +155,21 @@ def _whole_network(program: Program) -> tuple[ModelProto, dict[str, list[str]]]:
         raise ModelError(f"the network has no ONNX form: {first_line(error)}", "replace the operator named by one that ONNX has") from error
     proto: ModelProto = exported.model_proto
     return proto, _name_outputs(proto, list(outputs), program.plan.input)
+
+
+def _untied(module: nn.Module, program: Program) -> nn.Module:
+    """The module, in a copy if need be, with a tensor of its own for each norm that switches: of a shared one ONNX keeps one name."""
+    names = {name for path in program.plan.skips for node in path.norms for name in norm_tensors(program, program.graph, node)}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    count = Counter(map(id, parameters.values()))
+    tied = [name for name in names if name in parameters and count[id(parameters[name])] > 1]
+    if not tied:
+        return module
+    untied = copy.deepcopy(module)
+    for name in tied:
+        owner, _, last = name.rpartition(".")
+        setattr(untied.get_submodule(owner), last, nn.Parameter(parameters[name].detach().clone(), requires_grad=False))
+    return untied
 
 
 def _name_outputs(network: ModelProto, names: Sequence[str], input_name: str) -> dict[str, list[str]]:
@@ -249,11 +266,12 @@ class _Cut:
                 pending.extend(self.nodes[self.made_by[name]].input)
             elif name and name not in self.made_by:
                 read[name] = None
-        nodes = [self.nodes[i] for i in sorted(needed)]
         for i in needed:
             owner = self.owner.setdefault(i, segment.name)
             if owner != segment.name and self.nodes[i].op_type in _HEAVY:
                 raise ModelError(f"segments {owner!r} and {segment.name!r} both compute {self.nodes[i].name!r}", "report this with the model")
+        nodes = self._reading(segment, given, [self.nodes[i] for i in sorted(needed)])
+        read = {name: None for name in read if name != self.plan.input or any(name in node.input for node in nodes)}
         self.known.update(segment.outputs)
         inputs = tuple(name for name in read if name in self.plan.values)
         constants = [name for name in read if (name in self.inside or name in self.tensors) and name not in segment.parameters]
@@ -277,9 +295,29 @@ class _Cut:
         for node in graph.node:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")
-            node.input[:] = [given.get(name, name) for name in node.input]
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="exitify")
         return model, inputs
+
+    def _reading(self, segment: Segment, given: Mapping[str, str], nodes: Sequence[NodeProto]) -> list[NodeProto]:
+        """The segment's nodes, reading what it is given under the name that it is given by.
+
+        A block may read nothing but its one input, and torch.onnx takes the batch's size from the network's. So a block takes
+        it from its own; what follows from that size alone then bears the block's name, as other segments compute it from another value.
+        """
+        sizes: dict[str, str] = {}
+        own = []
+        for node in nodes:
+            copied = NodeProto()
+            copied.CopyFrom(node)
+            is_size = segment.kind == "block" and node.op_type == "Shape" and node.input[0] == self.plan.input
+            computed = [name for name in node.input if name in self.made_by or name in self.known]
+            copied.input[:] = segment.inputs[:1] if is_size else [sizes.get(name, given.get(name, name)) for name in node.input]
+            if is_size or (computed and sizes.keys() >= set(computed)):
+                sizes.update({name: f"{name}:{segment.name}" for name in node.output if name and name not in segment.outputs})
+                copied.output[:] = [sizes.get(name, name) for name in node.output]
+                copied.name = f"{node.name}:{segment.name}"
+            own.append(copied)
+        return own
 
     def with_second_norms(self, model: ModelProto, segment: Segment, places: Mapping[str, tuple[str, int, int]]) -> ModelProto:
         """The segment's model, reading the second set of norms."""

@@ -16,18 +16,14 @@ from exitify.artifact.artifact import HEADS_FILE, NO_PROFILE, Artifact
 from exitify.artifact.manifest import InputContract, Profile
 from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
-from exitify.plan import BOUNDARY_MACS, FINAL, SCORES, Mask, Stretch, mask_text
+from exitify.plan import FINAL, SCORES, Mask, Stretch, mask_text
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import Array, Bound, Engine, Runner
+from exitify.targets import processor
 
 COPY_MACS_A_BYTE = 4
 """What copying a byte costs beside computing: 10 GB/s against 40 GMAC/s. Rows that have left a batch are dropped when
 what they would still compute costs more than copying the rows that stay."""
-
-APART_SHARE = 0.01
-"""Share of the network's cost that boundaries between pieces may add so that masks share their pieces."""
-
-_LAST, _ON = -1, -2
 
 
 # Not frozen: each field would be set through a function call, in the path of every answer.
@@ -76,7 +72,7 @@ class Recording:
 class _Step:
     """A stretch and the decision after it.
 
-    column: Which score is held against the threshold; `_LAST` for the last stretch, `_ON` where nothing is decided.
+    column: Which score is held against the threshold, -1 for the last stretch.
     """
 
     stretch: Stretch
@@ -129,6 +125,7 @@ class Session:
         self._one_sample = (self.contract.shape, (1, *self.contract.shape))
         self._local = threading.local()
         self._heads = artifact.tensors(HEADS_FILE)
+        self._calibrated: dict[str, _Setup] = {}
         self._plain: dict[Mask, _Setup] = {}
         self._recorders: dict[Mask, _Setup] = {}
         self.use(profile)
@@ -153,7 +150,7 @@ class Session:
 
         Raises:
             UnknownProfile: there is none of that name.
-            DataError: nothing was measured, or every mask takes longer than the budget.
+            DataError: nothing was measured, or with another engine or processor, or every mask takes longer than the budget.
         """
         if budget_ms is not None:
             self._setup = self._plain_setup(self.artifact.plan.mask(self._mask_within(budget_ms)))
@@ -162,7 +159,9 @@ class Session:
         if profile is None and "default" in self.artifact.profiles:
             profile = "default"
         name = None if profile == NO_PROFILE else profile
-        self._setup = self._make_setup(None if name is None else self.artifact.profile(name))
+        if name is not None and name not in self._calibrated:
+            self._calibrated.setdefault(name, self._make_setup(self.artifact.profile(name)))
+        self._setup = self._plain_setup(self.artifact.plan.mask(None)) if name is None else self._calibrated[name]
         self.profile_name = name
 
     def run(self, x: Array, skip: str | Sequence[bool] | None = None) -> Answer:
@@ -186,8 +185,7 @@ class Session:
         bound.set_input(x if x.ndim > self._dimensions else x[None])
         for index, step in enumerate(setup.steps):
             bound.step(index)
-            column = step.column
-            if column == _LAST or (column != _ON and bound.value(step.scores)[0, column] >= step.threshold):
+            if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
                 break
         return self._answer(step, bound.value(step.logits)[0].copy(), started)
 
@@ -208,10 +206,8 @@ class Session:
         rows = np.arange(len(answers))
         for index, step in enumerate(setup.steps):
             values.update(self._call(step, values, setup))
-            if step.column == _ON:
-                continue
             logits = values[step.logits]
-            leaves = np.ones(len(rows), bool) if step.column == _LAST else values[step.scores][:, step.column] >= step.threshold
+            leaves = np.ones(len(rows), bool) if step.column < 0 else values[step.scores][:, step.column] >= step.threshold
             for i in np.flatnonzero(leaves):
                 if answers[rows[i]] is None:
                     answers[rows[i]] = self._answer(step, logits[i].copy(), started)
@@ -233,8 +229,7 @@ class Session:
         logits, features = {}, {}
         for step in setup.steps:
             values.update(self._call(step, values, setup))
-            if step.column != _ON:
-                logits[step.stretch.exit] = values[step.logits]
+            logits[step.stretch.exit] = values[step.logits]
         for point in self.artifact.plan.exits:
             features[point.name] = values[point.features]
         return Recording(logits, features)
@@ -258,16 +253,30 @@ class Session:
             )
         return self._plain_setup(mask)
 
+    def prepare(self, skip: str | Sequence[bool] | None) -> None:
+        """Make ready for calls under this mask, which the first of them would do otherwise (a ResNet-50 takes 0.1 s on ONNX Runtime).
+
+        Raises:
+            PlanError: as for `run`.
+        """
+        self._with_mask(self.artifact.plan.mask(skip))
+
     def _plain_setup(self, mask: Mask) -> _Setup:
         """The network under a mask, without exits."""
         if mask not in self._plain:
-            self._plain[mask] = self._assemble(mask, [], {}, {}, 0)
+            return self._plain.setdefault(mask, self._assemble(mask, [], {}, {}, 0))  # one of them, whoever comes first
         return self._plain[mask]
 
     def _mask_within(self, budget_ms: float) -> str:
         table = self.artifact.masks
         if table is None:
             raise DataError("the artifact does not say how long its masks take", "measure them on this machine: exitify calibrate --budget-ms")
+        here = (self.engine.name, self.engine.threads, processor.model_name())
+        if (table.engine, table.threads, table.processor) != here:
+            raise DataError(
+                f"the masks were timed with {table.engine} on {table.threads} of {table.processor}'s threads, and not as they run here",
+                f"measure them here: exitify calibrate --budget-ms --engine {here[0]} --threads {here[1]}",
+            )
         within = [mask for mask, measured in table.masks.items() if measured.ms <= budget_ms]
         if not within:
             fastest = min(measured.ms for measured in table.masks.values())
@@ -279,9 +288,7 @@ class Session:
         """The mask in use, one 0 or 1 a skip path."""
         return mask_text(self._setup.mask)
 
-    def _make_setup(self, profile: Profile | None) -> _Setup:
-        if profile is None:
-            return self._plain_setup(self.artifact.plan.mask(None))
+    def _make_setup(self, profile: Profile) -> _Setup:
         temperatures = {name: setting.temperature for name, setting in profile.exits.items()}
         thresholds = {name: setting.threshold for name, setting in profile.exits.items()}
         enabled = [name for name in profile.enabled if name != FINAL]
@@ -290,18 +297,18 @@ class Session:
 
     def _assemble(self, mask: Mask, enabled: list[str], temperatures: dict[str, float], thresholds: dict[str, float], column: int) -> _Setup:
         plan = self.artifact.plan
-        stretches = self._stretches(enabled, mask)
+        stretches = plan.stretches(enabled, mask)
         macs = np.cumsum([stretch.cost.macs for stretch in stretches])
         steps = []
         for stretch, spent in zip(stretches, macs):
-            point = None if stretch.exit in ("", FINAL) else plan.exit(stretch.exit)
+            point = None if stretch.exit == FINAL else plan.exit(stretch.exit)
             steps.append(
                 _Step(
                     stretch,
                     self.engine.prepare(stretch),
                     logits=plan.output if point is None else point.logits,
                     scores="" if point is None else point.scores,
-                    column=_ON if not stretch.exit else _LAST if stretch.exit == FINAL else column,
+                    column=-1 if point is None else column,
                     threshold=_as_float32(thresholds.get(stretch.exit, np.inf)),
                     temperature=temperatures.get(stretch.exit, 1.0),
                     macs=int(spent),
@@ -312,13 +319,6 @@ class Session:
         parameters.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
         return _Setup(mask, bool(enabled), tuple(steps), parameters)
 
-    def _stretches(self, enabled: list[str], mask: Mask) -> tuple[Stretch, ...]:
-        """What to run, in pieces that all masks share where that costs nearly nothing: then another mask needs nothing prepared anew."""
-        plan = self.artifact.plan
-        joined, apart = plan.stretches(enabled, mask), plan.stretches(enabled, mask, apart=True)
-        is_cheap = (len(apart) - len(joined)) * BOUNDARY_MACS <= APART_SHARE * plan.full_macs
-        return apart if self.engine.joins and is_cheap else joined
-
     def _call(self, step: _Step, values: dict[str, Array], setup: _Setup) -> dict[str, Array]:
         given = {name: values[name] for name in step.stretch.inputs}
         given.update({name: setup.parameters[name] for name in step.stretch.parameters})
@@ -327,8 +327,10 @@ class Session:
     def _bound(self, setup: _Setup) -> Bound:
         """This thread's buffers for this setup."""
         if getattr(self._local, "setup", None) is not setup:
-            self._local.bound = self.engine.bind([step.stretch for step in setup.steps], setup.parameters)
-            self._local.setup = setup
+            bounds: dict[int, Bound] = self._local.__dict__.setdefault("bounds", {})
+            if id(setup) not in bounds:  # setups are kept as long as the session is
+                bounds[id(setup)] = self.engine.bind([step.stretch for step in setup.steps], setup.parameters)
+            self._local.setup, self._local.bound = setup, bounds[id(setup)]
         bound: Bound = self._local.bound
         return bound
 

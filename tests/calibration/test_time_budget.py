@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -89,6 +90,32 @@ def test_a_choice_that_is_slower_than_estimated_is_replaced(artifact, samples, c
     assert promise.mean_ms <= 9.0
 
 
+@pytest.mark.parametrize("factor", [1.6, 2.0])
+def test_a_time_that_the_fastest_choice_keeps_is_kept_however_wrong_the_estimates(artifact, samples, clock, factor):
+    clock[0] = factor
+    plan = artifact.plan
+    fastest = 10 * factor * plan.macs_at((), "111")[FINAL] / plan.full_macs
+    promise = calibrate(artifact, samples, budget_ms=fastest * 1.05).profile("default").promise
+    assert promise.kept
+    assert promise.mean_ms <= fastest * 1.05
+
+
+def test_what_exits_say_under_one_mask_is_dropped_before_the_next(artifact, samples, clock, monkeypatch):
+    recorded: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def record(*given, **options):
+        outputs = record_outputs(*given, **options)
+        recorded.append(weakref.ref(outputs.logits))
+        alive.append(sum(logits() is not None for logits in recorded))
+        return outputs
+
+    monkeypatch.setattr(time_budget, "record_outputs", record)
+    calibrate(artifact, samples, budget_ms=100.0)
+    assert len(alive) == len(MASKS)
+    assert max(alive) == 1
+
+
 def test_a_time_that_nothing_keeps_is_said(artifact, samples, clock):
     promise = calibrate(artifact, samples, budget_ms=0.01).profile("default").promise
     assert not promise.kept
@@ -147,6 +174,15 @@ def test_a_mask_that_alone_breaks_the_promise_is_said_not_to_keep_it(artifact, s
     assert promise.kept == (lost <= 0)
     assert not promise.kept  # this network was never trained to leave anything out
     assert not calibrate(artifact, samples, risk=(0.05, 0.9), skip="111").profile("default").promise.kept
+
+
+@pytest.mark.parametrize("promise", [{"max_drop": 0.0}, {"budget_macs": 1.0}, {"risk": (0.05, 0.9)}, {"budget_ms": 100.0}])
+def test_where_no_exit_is_taken_the_note_says_that_the_mask_leaves_something_out(artifact, samples, clock, promise):
+    for mask, said in (("111", "runs, without what the mask leaves out."), ("000", "the full network runs. ")):
+        assert said in calibrate(artifact, samples, skip=mask, **promise).profile("default").promise.note
+    bare = skipping(exits="none")[1]
+    if "risk" not in promise:
+        assert "exit" not in calibrate(bare, samples, skip="111", **promise).profile("default").promise.note
 
 
 def test_an_artifact_without_exits_is_calibrated_for_a_mask_alone(samples):

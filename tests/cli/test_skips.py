@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import onnxruntime
 import pytest
 import safetensors.torch
 
-from exitify.artifact.artifact import Artifact
+from exitify.artifact.artifact import Artifact, build_artifact
+from exitify.artifact.manifest import MaskMeasured, MaskTable
 from exitify.plan import FINAL
+from exitify.records import to_json
 from exitify.runtime.session import Session
 from tests.cli.console import contents, exitify, refused
 from tests.skipping import MASKS, SHAPE, pictures, skipping, torch_says
@@ -47,6 +50,24 @@ def test_transform_places_skip_paths_and_says_why_others_are_none(folder):
     document = exitify("transform", *MODEL, "--skips", "layer3.1", "--why", "-o", "one.exitify", "--json", folder=folder).document
     assert [path["blocks"] for path in document["plan"]["skips"]] == [["layer3.1"]]
     assert [block["verdict"] for block in document["blocks"]] == ["not asked for"] * 5 + ["skip1"]
+
+
+def test_a_network_without_residual_blocks_is_said_to_have_no_skip_paths(folder):
+    layers = "nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)"
+    (folder / "plain_net.py").write_text(f"from torch import nn\n\ndef build():\n    return nn.Sequential({layers})\n")
+    done = exitify("transform", "plain_net:build", "--input-shape", "3x16x16", "--skips", "auto", "-o", "none.exitify", folder=folder)
+    assert done.code == 0, done
+    assert "It has no skip paths: no residual block can be left out." in done.out.splitlines()
+
+
+def test_a_strangers_names_reach_the_terminal_without_control_characters(folder, tmp_path):
+    artifact = Artifact.open(folder / "net.exitify")
+    first, *others = artifact.plan.skips
+    plan = replace(artifact.plan, skips=(replace(first, stage="\x1b[2Jlayer\n1"), *others))
+    build_artifact(replace(artifact.manifest, plan=plan), artifact.files).save(tmp_path / "net.exitify")
+    done = exitify("run", tmp_path / "net.exitify", "x.npy", "--skip", "1", folder=folder)
+    refused(done, "is not one 0 or 1")
+    assert "\x1b" not in done.err
 
 
 def test_without_the_option_nothing_is_left_out_and_no_norm_switches(folder):
@@ -94,11 +115,27 @@ def test_calibrate_for_a_time_measures_masks_and_run_uses_them(folder, tmp_path)
     assert "1000 ms an answer: kept" in done.out
     table = Artifact.open(copy).masks
     assert table is not None
+    document = exitify("inspect", copy, "--json", folder=folder).document
+    assert document["masks"] == to_json(table)
+    again = exitify("calibrate", copy, "--data", "data.npz", "--budget-ms", 1000, "-o", tmp_path / "2.exitify", "--json", folder=folder).document
+    assert list(again["masks"]["masks"]) == list(table.masks)
+    said = exitify("run", copy, "x.npy", "--budget-ms", 1000, folder=folder).out.splitlines()
+    assert said[-2:] == ["Left out: 000.", f"In Python: session = exitify.Session.load({str(copy)!r}); session.use(budget_ms=1000.0); session.run(x)"]
     document = exitify("run", copy, "x.npy", "--budget-ms", 1000, "--json", folder=folder).document
     assert document["skip"] == "000"  # the labels are this mask's answers
     assert "Masks without exits" in exitify("inspect", copy, folder=folder).out
     refused(exitify("run", copy, "x.npy", "--budget-ms", 1e-6, folder=folder), "no mask answers within")
     refused(exitify("run", copy, "x.npy", "--budget-ms", 5, "--skip", "000", folder=folder), "--budget-ms chooses what to leave out")
+
+
+def test_training_heads_again_drops_what_was_measured_of_masks(folder, tmp_path):
+    copy = tmp_path / "net.exitify"
+    artifact = Artifact.open(folder / "net.exitify")
+    table = MaskTable(artifact.manifest.model_id, "onnxruntime", 1, "a processor", 80, "", {"000": MaskMeasured(0.9, 0.0, 1.0, 2.0)})
+    artifact.with_masks(table).save(copy)
+    done = exitify("train", copy, "--data", "data.npz", "--epochs", 1, "--copies", 1, folder=folder)
+    assert "Dropped what was measured of masks: `exitify calibrate --budget-ms` measures it again." in done.out.splitlines()
+    assert Artifact.open(copy).masks is None
 
 
 def test_calibrate_under_a_mask_makes_a_profile_that_leaves_out(folder, tmp_path):

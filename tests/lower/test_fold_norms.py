@@ -195,6 +195,17 @@ def test_folded_weights_are_rounded_once():
     np.testing.assert_array_equal(bias, ((tensors["b"] - mean) * scale + beta).astype(np.float32))
 
 
+@pytest.mark.parametrize("part", ["weight", "bias", "running_mean", "running_var"])
+def test_a_norm_with_anything_that_switches_stays_beside_its_convolution(part):
+    graph = model([helper.make_node("Conv", ["x", "conv.weight", "conv.bias"], ["c"]), norm("bn", "c", "y")])
+    tensors: dict[str, Array] = {"conv.weight": weight(FILTERS, CHANNELS, 3, 3), "conv.bias": weight(FILTERS), **parameters("bn")}
+    (expected,), convolution = outputs(graph, tensors), tensors["conv.weight"]
+    fold_norms(graph, tensors, {f"bn.{part}"})
+    assert operators(graph) == ["Conv", "Mul", "Add"]
+    assert tensors[graph.graph.node[0].input[1]] is convolution
+    np.testing.assert_allclose(outputs(graph, tensors)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("network", ["identity", "shared", "depthwise", "dropout"])
 def test_no_norm_of_a_network_costs_a_kernel(network):
     _, artifact = exported(network)

@@ -22,6 +22,7 @@ from exitify.lower.verify import segment_errors
 from exitify.plan import Segment
 from tests.artifacts import exported
 from tests.lower.kernels import HERE, lowered, module_of
+from tests.skipping import skipping
 
 # --- constants ------------------------------------------------------------------------------------------------------
 
@@ -108,11 +109,12 @@ def test_segments_that_share_kernels_do_not_share_weights():
 EDIT = Callable[[GraphProto], None]
 
 
-def with_graph(artifact: Artifact, segment: Segment, edit: EDIT) -> Artifact:
+def with_graph(artifact: Artifact, segment: Segment, edit: EDIT, *, second: bool = False) -> Artifact:
     """The artifact, one segment's graph changed; its manifest still lists the old one."""
-    model = onnx.load_model_from_string(bytes(artifact.files[graph_path(segment.name)]))
+    path = graph_path(segment.name, second=second)
+    model = onnx.load_model_from_string(bytes(artifact.files[path]))
     edit(model.graph)
-    return replace(artifact, files={**artifact.files, graph_path(segment.name): model.SerializeToString()})
+    return replace(artifact, files={**artifact.files, path: model.SerializeToString()})
 
 
 def behind_an_output(*nodes: tuple[str, dict[str, object]]) -> EDIT:
@@ -162,6 +164,17 @@ def test_what_tvm_cannot_take_can_be_left_out_and_the_rest_is_as_it_was(edit):
     assert list(left.weights) == list(whole.weights)
     assert segments[2].name not in functions(left)
     tvm.ir.assert_structural_equal(left.module, whole.module)
+
+
+def test_a_segment_of_which_tvm_cannot_take_the_second_set_of_norms_alone_is_left_out_too():
+    _, artifact = skipping()
+    segment = artifact.plan.segment("trunk_skip1")
+    edited = with_graph(artifact, segment, UNKNOWN, second=True)
+    with pytest.raises(NotLowered, match=r"TVM cannot take the segment 'trunk_skip1': .*Celu"):
+        lower_segments(edited, [segment], HERE)
+    left = lower_segments(edited, [segment, artifact.plan.segment("block_skip1")], HERE, leave=True)
+    assert list(left.weights) == ["block_skip1"]
+    assert left.second_weights == {}
 
 
 def test_an_operator_that_tvm_knows_in_another_form_only_is_refused_in_words():

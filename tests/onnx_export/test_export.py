@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +21,9 @@ from exitify.errors import DataError, MalformedManifest, ModelError, PlanError
 from exitify.onnx_export import to_artifact as export_module
 from exitify.onnx_export.static import export_static
 from exitify.onnx_export.to_artifact import KEPT_INSIDE_BYTES, export
+from exitify.pipeline import transform
 from exitify.plan import FINAL
-from exitify.program import Program
+from exitify.program import SKIP_NORMS, Program
 from exitify.records import dumps
 from exitify.runtime.session import Session
 from exitify.tracing import capture
@@ -328,3 +330,54 @@ def test_an_unknown_exit_is_refused_with_those_there_are():
     _, artifact = exported("depthwise")
     with pytest.raises(PlanError, match=r"there is no exit 'exit3'\n  hint: this network has exit1, exit2, and final"):
         export_static(artifact, exit="exit3")
+
+
+# --- skip paths
+
+
+class TiedNorms(nn.Module):
+    """Four residual blocks whose norms are modules of their own over one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(4))
+        for block in self.blocks[1:]:
+            block[1].weight = self.blocks[0][1].weight
+        self.classify = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.classify(x.mean((2, 3)))
+
+
+def answers_under_every_mask(program: Program, x: torch.Tensor) -> Artifact:
+    """The artifact of the program, whose second norms are made unlike the first; held against torch."""
+    with torch.no_grad():
+        for parameter in program.get_submodule(SKIP_NORMS).parameters():
+            parameter.mul_(torch.rand_like(parameter) + 0.5).add_(0.1)
+        artifact = export(program)
+        session = Session(artifact)
+        for mask in itertools.product((False, True), repeat=len(program.plan.skips)):
+            expected = program(x, skip=mask, all_exits=False).numpy()
+            np.testing.assert_allclose(session.record(x.numpy(), mask).logits[FINAL], expected, rtol=1e-4, atol=1e-5)
+    return artifact
+
+
+def test_a_transformers_blocks_read_the_batchs_size_from_their_own_input(torchvision):
+    model = torchvision.models.VisionTransformer(16, 8, 4, 2, 16, 32, num_classes=5).eval()
+    nn.init.normal_(model.heads.head.weight)
+    skips = "encoder.layers.encoder_layer_1,encoder.layers.encoder_layer_3"
+    program = transform(model, torch.zeros(1, 3, 16, 16), exits="none", skips=skips).eval()
+    artifact = answers_under_every_mask(program, torch.randn(3, 3, 16, 16))
+    assert [s.inputs for s in artifact.plan.segments if s.kind == "block"] == [(path.before,) for path in program.plan.skips]
+
+
+def test_tied_norms_have_second_sets_of_their_own():
+    model = TiedNorms().eval()
+    before = [block[1].weight for block in model.blocks]
+    program = transform(model, torch.zeros(1, 3, 8, 8), exits="none", skips="auto").eval()
+    answers_under_every_mask(program, torch.randn(3, 3, 8, 8))
+    assert all(block[1].weight is weight for block, weight in zip(model.blocks, before))  # exporting unties nothing

@@ -14,10 +14,9 @@ from exitify.artifact.manifest import MaskMeasured, MaskTable
 from exitify.errors import DataError, LibraryRefused, MalformedManifest, PlanError
 from exitify.lower.pipeline import compile_artifact
 from exitify.plan import FINAL
-from exitify.runtime import session as runtime
 from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from exitify.runtime.session import Session
-from exitify.targets import load_target
+from exitify.targets import load_target, processor
 from tests.artifacts import profile_for
 from tests.skipping import MASKS, pictures, skipping, torch_says
 
@@ -67,27 +66,19 @@ def test_leaving_nothing_out_is_the_session_without_a_mask():
         np.testing.assert_array_equal(running.run(X[0], mask).logits, running.run(X[0]).logits)
 
 
-@pytest.mark.parametrize("share", [0.0, 1e9], ids=["joined", "apart"])
-def test_pieces_that_masks_share_answer_as_joined_ones_do(monkeypatch, share):
-    monkeypatch.setattr(runtime, "APART_SHARE", share)
-    for mask in MASKS:
-        running = session()
-        np.testing.assert_allclose(running.run(X[0], mask).logits, torch_says(mask, X[:1])[FINAL][0], rtol=1e-5, atol=1e-5)
-        for answer, logits in zip(running.run_batch(X, mask), torch_says(mask, X)[FINAL]):
-            np.testing.assert_allclose(answer.logits, logits, rtol=1e-5, atol=1e-5)
-
-
-def test_masks_that_share_pieces_need_nothing_prepared_anew(monkeypatch):
-    monkeypatch.setattr(runtime, "APART_SHARE", 1e9)
+def test_a_mask_is_prepared_once():
     running = session()
     engine = running.engine
     assert isinstance(engine, OnnxRuntimeEngine)
-    for mask in ("000", "111", "101", "010"):
-        running.run(X[0], mask)
+    running.prepare("101")
     known = len(engine._runners)
-    for mask in MASKS:
-        running.run(X[0], mask)
-    assert len(engine._runners) - known <= 3  # what follows a left-out block is joined to it, once a neighbour
+    for _ in range(3):
+        running.run(X[0], "101")
+        running.run(X[0])
+        running.run_batch(X, "101")
+    assert len(engine._runners) == known == 2
+    with pytest.raises(PlanError, match="is not one 0 or 1"):
+        running.prepare("1")
 
 
 def test_a_left_out_block_is_not_run(monkeypatch):
@@ -183,7 +174,7 @@ def test_threads_under_different_masks_do_not_disturb_each_other():
 
 def measured(**times: float) -> MaskTable:
     rows = {name.removeprefix("m"): MaskMeasured(0.5 + ms / 100, 0.1, 0.5, ms) for name, ms in times.items()}
-    return MaskTable(skipping()[1].manifest.model_id, "onnxruntime", 1, "a processor", 100, "", rows)
+    return MaskTable(skipping()[1].manifest.model_id, "onnxruntime", 1, processor.model_name(), 100, "", rows)
 
 
 def test_a_budget_takes_the_most_accurate_mask_that_fits():
@@ -199,6 +190,13 @@ def test_a_budget_that_no_mask_fits_is_refused():
         Session(skipping()[1].with_masks(measured(m000=10.0, m111=4.0))).use(budget_ms=3)
     with pytest.raises(DataError, match=r"does not say how long its masks take\n  hint: .*--budget-ms"):
         session().use(budget_ms=3)
+
+
+@pytest.mark.parametrize("change", [{"engine": "tvm"}, {"threads": 4}, {"processor": "another"}])
+def test_times_of_another_engine_or_machine_are_not_used(change):
+    running = Session(skipping()[1].with_masks(replace(measured(m000=10.0), **change)))
+    with pytest.raises(DataError, match=r"the masks were timed with .*\n  hint: measure them here: .*--engine onnxruntime --threads 1"):
+        running.use(budget_ms=20)
 
 
 def test_measurements_of_another_network_cannot_be_added():

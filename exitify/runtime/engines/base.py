@@ -44,8 +44,6 @@ class Engine(abc.ABC):
     """Runs stretches of one artifact. Stretches once prepared are kept, so switching profiles back costs nothing."""
 
     name: ClassVar[str]
-    joins: ClassVar[bool] = True
-    """Whether it makes one piece of a stretch's segments, so that another row of them has to be prepared anew."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.artifact, self.threads = artifact, threads

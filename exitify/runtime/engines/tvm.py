@@ -64,7 +64,6 @@ class TvmEngine(Engine):
     """Each segment is a function of the artifact's library; a stretch is a row of calls, and what one returns the next one reads."""
 
     name = "tvm"
-    joins = False
 
     def __init__(self, artifact: Artifact, threads: int, target: str = "") -> None:
         """Load the library for a target.
