@@ -121,13 +121,18 @@ class _Chain:
 
     def adds_its_input(self, at: int) -> bool:
         """Whether an operand of the sum at this place is the value before it, as it is or handed through `nn.Identity`."""
-        return self.values[at - 1] in {self._source(name) for name in self.operands(at) or ()}
+        return self.is_encoder_layer(at) or self.values[at - 1] in {self._source(name) for name in self.operands(at) or ()}
 
     def _source(self, name: str) -> str:
         node = self.nodes[name]
         while node.op == "call_module" and isinstance(self.program.get_submodule(str(node.target)), nn.Identity):
             node = node.all_input_nodes[0]
         return node.name
+
+    def is_encoder_layer(self, at: int) -> bool:
+        """Whether the value at this place comes from torch's own encoder layer, which tracing leaves whole: its shortcuts are inside."""
+        node = self.nodes[self.values[at]]
+        return node.op == "call_module" and isinstance(self.program.get_submodule(str(node.target)), nn.TransformerEncoderLayer)
 
     def look_alike(self, *names: str) -> bool:
         """Whether these values have one shape and type, with the batch in front."""
@@ -155,8 +160,7 @@ def _runs(chain: _Chain) -> list[list[_Addition]]:
     """The residual additions, a list a stage."""
     runs: list[list[_Addition]] = []
     for at in range(1, len(chain.values)):
-        operands = chain.operands(at)
-        if operands is None:
+        if chain.operands(at) is None and not chain.is_encoder_layer(at):
             continue
         shortcut: Literal["identity", "projection"] = "identity" if chain.adds_its_input(at) else "projection"
         attends = any("attention" in chain.kind(name).lower() or "softmax" in chain.kind(name).lower() for name in chain.inside[at])

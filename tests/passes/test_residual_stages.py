@@ -268,3 +268,13 @@ def test_norms_and_what_drops_paths_are_known_as_modules_and_as_functions(torchv
 
     from_export = capture(exported(CifarResNet(1)), torch.randn(1, *SHAPE))
     assert sum(is_norm(from_export, node) for node in from_export.graph.nodes) == 7
+
+
+def test_torchs_own_encoder_layers_in_a_row_are_blocks():
+    """Tracing leaves each whole, so that its norms do not switch."""
+    layers = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(4)))
+    model = nn.Sequential(nn.Linear(5, 8), layers, nn.Flatten(), nn.Linear(48, 3)).eval()
+    program = capture(model, torch.randn(1, 6, 5))
+    (stage,) = find_stages(program)
+    assert [block.place for block in stage.blocks] == ["1.0", "1.1", "1.2", "1.3"]
+    assert {block.shortcut for block in stage.blocks} == {"identity"}
