@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,8 +69,8 @@ def find_stages(program: Program) -> tuple[Stage, ...]:
 
     An addition is residual if one of its operands is the last value before it through which everything passes (an identity
     shortcut), or if both are computed from that value (a projection). Additions in a row belong to one stage while values
-    look alike and nothing but what follows every addition stands between them. A transformer's block is its attention and
-    what comes until the next attention.
+    look alike and nothing but what follows every addition stands between them. Additions that one module makes of its own
+    parts are one block (a transformer's attention and what follows it).
     """
     chain = _Chain(program)
     runs = _runs(chain)
@@ -139,6 +141,11 @@ class _Chain:
         looks = [self.program.values.get(name) for name in names]
         return looks[0] is not None and all(look == looks[0] for look in looks)
 
+    def numbers(self, name: str) -> tuple[int, str]:
+        """How many numbers of what type a value has; 0 where the batch is not in front."""
+        look = self.program.values.get(name)
+        return (math.prod(look.shape), look.dtype) if look is not None else (0, name)
+
     def has_parameters(self, name: str) -> bool:
         """Whether a node reads weights."""
         node = self.nodes[name]
@@ -173,16 +180,16 @@ def _runs(chain: _Chain) -> list[list[_Addition]]:
 
 
 def _continues(chain: _Chain, before: _Addition, found: _Addition) -> bool:
-    """Whether only element-wise operations and norms stand between two additions."""
+    """Whether only operations without weights that keep all numbers, and norms, stand between two additions."""
     entry = found.at - 1
-    if not chain.look_alike(*(chain.values[at] for at in range(before.at, entry + 1)), chain.values[found.at]):
+    if len({chain.numbers(chain.values[at]) for at in (*range(before.at, entry + 1), found.at)}) > 1:
         return False
     between = chain.between(before.at, entry)
     return len(between) == entry - before.at and all(not chain.has_parameters(name) or is_norm(chain.program, chain.nodes[name]) for name in between)
 
 
 def _blocks(chain: _Chain, run: Sequence[_Addition]) -> list[Block]:
-    size = _additions_a_block(run)
+    size = _additions_a_block(chain, run)
     last = [run[i + size - 1] for i in range(0, len(run), size)]
     first = [run[i] for i in range(0, len(run), size)]
     tail = chain.between(last[0].at, first[1].at - 1) if len(first) > 1 else []
@@ -198,14 +205,30 @@ def _blocks(chain: _Chain, run: Sequence[_Addition]) -> list[Block]:
     return blocks
 
 
-def _additions_a_block(run: Sequence[_Addition]) -> int:
-    """How many additions make a block: one, but for transformers the least after which attention comes in the same places again."""
+def _additions_a_block(chain: _Chain, run: Sequence[_Addition]) -> int:
+    """How many additions make a block: as many as one module holds, where that is told; else one.
+
+    But where some of them add attention, and no modules tell, as many as there are until attention comes in the same order again.
+    """
+    places = [_place(chain, chain.inside[addition.at], chain.values[addition.at - 1], chain.values[addition.at]) for addition in run]
+    lengths = {len(list(group)) for _, group in itertools.groupby(places)}
+    if len(lengths) == 1 and lengths != {1} and not _calls_twice(chain, run[: min(lengths)]):
+        return lengths.pop()
     attends = [addition.attends for addition in run]
     if any(attends):
         for size in range(1, len(run) + 1):
             if len(run) % size == 0 and all(attends[i] == attends[i % size] for i in range(len(run))):
                 return size
     return 1
+
+
+def _calls_twice(chain: _Chain, additions: Sequence[_Addition]) -> bool:
+    """Whether these additions add what the same module computes: calls of one block, and not its parts."""
+    read: list[str] = []
+    for name in (name for addition in additions for name in chain.inside[addition.at] if chain.has_parameters(name)):
+        node = chain.nodes[name]
+        read += [str(node.target)] if node.op == "call_module" else [str(s.target) for s in node.all_input_nodes if s.op == "get_attr"]
+    return len(set(read)) < len(read)
 
 
 def _block_without_shortcut(chain: _Chain, run: Sequence[_Addition], block: Block, end: str) -> Block | None:
@@ -240,9 +263,9 @@ def _place(chain: _Chain, nodes: Sequence[str], entry: str, exit_value: str) -> 
     places = chain.program.places
     weighted = [places.get(name, "") for name in nodes if chain.has_parameters(name)]
     common = _common(weighted)
-    if len(set(weighted)) == 1:
-        common = common.rpartition(".")[0]
     adds = places.get(nodes[-1], "")
+    if len(set(weighted)) == 1 and common.rpartition(".")[0] == adds:
+        common = adds  # one layer of the module that adds
     inside = {name for name in chain.flow if adds and f"{places.get(name, '')}.".startswith(f"{adds}.") and chain.has_parameters(name)}
     return adds if inside and inside <= set(nodes) else common or f"{entry} to {exit_value}"
 

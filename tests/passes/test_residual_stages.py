@@ -278,3 +278,47 @@ def test_torchs_own_encoder_layers_in_a_row_are_blocks():
     (stage,) = find_stages(program)
     assert [block.place for block in stage.blocks] == ["1.0", "1.1", "1.2", "1.3"]
     assert {block.shortcut for block in stage.blocks} == {"identity"}
+
+
+class Mixing(nn.Module):
+    """Two additions in one module, tokens first, then channels; `flat`: with positions in one row between them."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.norm1, self.tokens = nn.LayerNorm(6), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm2, self.channels = nn.LayerNorm(6), nn.Linear(6, 6)
+        self.flat = flat
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.tokens(self.norm1(x))
+        if self.flat:
+            x = x.reshape(x.shape[0], -1, 6)
+        x = x + self.channels(self.norm2(x))
+        return x.reshape(x.shape[0], 4, -1, 6) if self.flat else x
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("exports", [False, True])
+def test_additions_that_one_module_makes_of_its_parts_are_one_block(flat, exports):
+    model = nn.Sequential(*(Mixing(flat) for _ in range(4)), nn.Flatten(), nn.Linear(4 * 5 * 6, 3)).eval()
+    x = torch.randn(2, 4, 5, 6)
+    if exports:
+        model = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    (stage,) = find_stages(capture(model, x))
+    assert [block.place for block in stage.blocks] == ["0", "1", "2", "3"]
+
+
+def test_additions_made_for_several_blocks_by_the_module_around_them_are_blocks_each():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for branch in self.branches:
+                x = x + branch(x).relu()
+            return self.out(x)
+
+    (stage,) = find_stages(capture(Around().eval(), torch.randn(1, 6)))
+    assert [block.place for block in stage.blocks] == [f"branches.{i}" for i in range(4)]
