@@ -25,8 +25,8 @@ import exitify
 from benchmarks.cifar_skips import MEAN, STD
 from examples.cifar_resnet56.model import CifarResNet
 from exitify.artifact.artifact import NO_PROFILE, Artifact
-from exitify.artifact.manifest import ExitSetting, InputContract, Preprocess, Profile, Promise
-from exitify.calibration.calibrate import Outputs, confidence_of, cross_fit, record_outputs
+from exitify.artifact.manifest import InputContract, Preprocess, Profile, Promise
+from exitify.calibration.calibrate import Outputs, cross_fit, exit_settings, record_outputs
 from exitify.calibration.thresholds import NEVER, exits_taken
 from exitify.calibration.time_budget import time_masks
 from exitify.data import Samples, load_samples
@@ -145,10 +145,7 @@ def best(choices: list[Choice], budget: float) -> Choice:
 
 def right_share(choice: Choice, outputs: Outputs) -> float:
     """Accuracy of a choice on other samples."""
-    confidence = np.zeros((len(choice.thresholds), len(outputs.labels)))
-    for row, logits, t in zip(confidence, outputs.logits, choice.temperatures):
-        row[:] = confidence_of(logits / t, "top1")
-    taken = exits_taken(confidence, choice.thresholds)
+    taken = exits_taken(outputs.confidence(choice.temperatures, "top1"), choice.thresholds)
     return float((outputs.logits.argmax(2)[taken, np.arange(len(taken))] == outputs.labels).mean())
 
 
@@ -159,10 +156,7 @@ def time_choices(artifact: Artifact, shown: dict[str, list[Choice]], samples: Sa
     sessions: dict[tuple[str, int], Session] = {}
     for family, taken in shown.items():
         for i, choice in enumerate(taken):
-            settings = {
-                point.name: ExitSetting(bool(threshold < NEVER), float(min(threshold, 2.0)), float(t))
-                for point, threshold, t in zip(artifact.plan.exits, choice.thresholds, choice.temperatures)
-            }
+            settings = exit_settings(artifact.plan, choice.thresholds, choice.temperatures)
             promise = Promise("budget-ms", 0.0, 0.0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
             made = Profile(artifact.manifest.model_id, "top1", settings, float(choice.temperatures[-1]), mask_text(choice.mask), promise, "", "")
             sessions[family, i] = Session(artifact.with_profile("shown", made), profile="shown")

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import ExitSetting, Profile
+from exitify.artifact.manifest import Profile
 from exitify.benchmark import bench
-from exitify.calibration.calibrate import confidence_of, record_outputs, settle_max_drop
+from exitify.calibration.calibrate import exit_settings, record_outputs, settle_max_drop
 from exitify.calibration.thresholds import NEVER, exits_taken
 from exitify.data import load_samples
 
@@ -41,20 +41,14 @@ def main() -> None:
         half, judged = order[: len(order) // 2], order[len(order) // 2 :]
         settings = settle_max_drop(outputs.select(half), plan, options.max_drop, seed=seed)
         on = settings.thresholds < NEVER
-        confidence = np.stack([confidence_of(logits[judged] / t, "top1") for logits, t in zip(outputs.logits[:-1], settings.temperatures)])
-        taken = exits_taken(confidence, settings.thresholds)
+        taken = exits_taken(outputs.select(judged).confidence(settings.temperatures, "top1"), settings.thresholds)
         right = outputs.logits.argmax(axis=2) == outputs.labels
         macs = plan.macs_at([point.name for point, is_on in zip(plan.exits, on) if is_on])
         cost = np.array([macs.get(name, 0) for name in plan.exit_names])[taken] / full
         drop = right[-1, judged].mean() - right[taken, judged].mean()
         rows.append((drop, cost.mean(), on.sum(), settings.promise.mean_macs_share))
-        settings_by_exit = {
-            point.name: ExitSetting(bool(is_on), float(min(threshold, 2.0)), float(t))
-            for point, is_on, threshold, t in zip(plan.exits, on, settings.thresholds, settings.temperatures)
-        }
-        profile = Profile(
-            artifact.manifest.model_id, "top1", settings_by_exit, float(settings.temperatures[-1]), "", settings.promise, "onnxruntime", ""
-        )
+        exits = exit_settings(plan, settings.thresholds, settings.temperatures)
+        profile = Profile(artifact.manifest.model_id, "top1", exits, float(settings.temperatures[-1]), "", settings.promise, "onnxruntime", "")
         report = bench(artifact.with_profile("split", profile), samples.subset(judged), profile="split", most=options.timed, seed=seed)
         baseline.append(report.timings[0])
         times.append(report.timings[1])

@@ -16,7 +16,7 @@ import numpy as np
 
 from exitify.artifact.artifact import Artifact
 from exitify.calibration.bounds import upper_bound
-from exitify.calibration.calibrate import confidence_of, record_outputs, settle_risk
+from exitify.calibration.calibrate import record_outputs, settle_risk
 from exitify.calibration.thresholds import exits_taken
 from exitify.data import load_samples
 
@@ -40,8 +40,7 @@ def main() -> None:
     for draw in range(options.draws):
         rows = np.random.default_rng(draw).integers(0, count, options.size)
         settings = settle_risk(population.select(rows), plan, options.rate, options.confidence, seed=draw)
-        confidence = np.stack([confidence_of(logits / t, "top1") for logits, t in zip(population.logits[:-1], settings.temperatures)])
-        taken = exits_taken(confidence, settings.thresholds)
+        taken = exits_taken(population.confidence(settings.temperatures, "top1"), settings.thresholds)
         rates.append((predictions[taken, everyone] != predictions[-1]).mean())
         macs.append(settings.promise.mean_macs_share)
         if draw % 100 == 99:

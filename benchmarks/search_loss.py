@@ -16,7 +16,7 @@ import numpy as np
 
 from exitify.artifact.artifact import Artifact
 from exitify.calibration import calibrate
-from exitify.calibration.calibrate import Outputs, confidence_of, record_outputs, settle_max_drop
+from exitify.calibration.calibrate import Outputs, record_outputs, settle_max_drop
 from exitify.calibration.temperature import fit_temperature, log_softmax
 from exitify.calibration.thresholds import NEVER, exits_taken, judge, price_path
 from exitify.data import load_samples
@@ -69,8 +69,7 @@ def main() -> None:
                 calibrate._excess_error = loss  # type: ignore[assignment]
                 settings = settle_max_drop(outputs.select(half), plan, options.max_drop, seed=seed)
                 thresholds, temperatures = settings.thresholds, settings.temperatures
-            confidence = np.stack([confidence_of(logits[judged] / t, "top1") for logits, t in zip(outputs.logits[:-1], temperatures)])
-            taken = exits_taken(confidence, thresholds)
+            taken = exits_taken(outputs.select(judged).confidence(temperatures, "top1"), thresholds)
             rows.append((right[-1, judged].mean() - right[taken, judged].mean(), calibrate._macs(plan, (), thresholds)[taken].mean()))
         drop, macs = np.array(rows).T
         error = drop.std(ddof=1) / np.sqrt(len(rows))

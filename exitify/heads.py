@@ -89,6 +89,11 @@ def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
     return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
 
 
+def looks_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether a map's three sides look like `(H, W, C)`: the first two alike, and the last not."""
+    return shape[0] == shape[1] != shape[2]
+
+
 def head_spec(kind: str, value: Value, name: str, classes: int) -> HeadSpec:
     """Return a head of this kind for a value.
 
@@ -101,7 +106,7 @@ def head_spec(kind: str, value: Value, name: str, classes: int) -> HeadSpec:
     if len(shape) not in layouts or value.dtype != "float32":
         raise PlanError(f"cannot exit after {name!r}: its value is {value.dtype} {shown}, and a head reads float32 (N, C, H, W), (N, T, C) or (N, C)",
                         "exit after a block of the network")  # fmt: skip
-    if len(shape) == 3 and shape[0] == shape[1] != shape[2]:
+    if len(shape) == 3 and looks_channels_last(shape):
         raise PlanError(f"cannot exit after {name!r}: its value {shown} has its channels last, and a head reads (N, C, H, W)",
                         "exit where the network has channels first")  # fmt: skip
     layout = layouts[len(shape)]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from exitify.passes.attach_heads import AttachHeads
+from exitify.passes.base import Pass
 from exitify.passes.choose_exits import ChooseExits
 from exitify.passes.choose_skips import ChooseSkips
 from exitify.passes.cut_segments import CutSegments
@@ -35,7 +36,9 @@ def transform(
 
 def place(program: Program, *, exits: str | int = "auto", skips: str | int = "none", head: str = "auto") -> Program:
     """The captured network with skip paths, exits and their heads, cut into segments."""
-    for step in (ChooseSkips(skips=str(skips)), ChooseExits(exits=str(exits), head=head), AttachHeads(), SwitchNorms(), CutSegments()):
-        if not (isinstance(step, (ChooseSkips, SwitchNorms)) and str(skips) == "none"):
-            program = step(program)
+    steps: list[Pass] = [ChooseExits(exits=str(exits), head=head), AttachHeads(), CutSegments()]
+    if str(skips) != "none":
+        steps = [ChooseSkips(skips=str(skips)), *steps[:2], SwitchNorms(), steps[2]]
+    for step in steps:
+        program = step(program)
     return program

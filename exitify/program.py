@@ -208,7 +208,7 @@ class Program(nn.Module):
                 if name not in nodes:
                     raise PlanError(f"skip path {path.name!r} names {name!r}, which the graph does not compute")
             for name in path.norms:
-                for tensor in norm_tensors(self, self.graph, name):
+                for tensor in norm_tensors(self, name):
                     if tensor not in second:
                         raise PlanError(f"skip path {path.name!r} switches {name!r}, which has no second set of norms")
         self._verify_cover(nodes)
@@ -239,9 +239,9 @@ class Program(nn.Module):
         return duplicate
 
 
-def norm_tensors(program: nn.Module, graph: fx.Graph, name: str) -> tuple[str, ...]:
+def norm_tensors(program: Program, name: str) -> tuple[str, ...]:
     """Names of the parameters and buffers that a norm's node reads."""
-    node = next(node for node in graph.nodes if node.name == name)
+    node = program._node(name)
     if node.op == "call_module":
         return tuple(f"{node.target}.{tensor}" for tensor in program.get_submodule(str(node.target)).state_dict())
     return tuple(str(source.target) for source in node.all_input_nodes if source.op == "get_attr")

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import networkx as nx
-
 from exitify.errors import PlanError
 from exitify.heads import head_cost, head_spec
 from exitify.passes.base import Pass
 from exitify.passes.cost import node_costs, value_cost
-from exitify.passes.dataflow import cut_values, dataflow
+from exitify.passes.dataflow import cut_values, dataflow, strictly_between
 from exitify.plan import BOUNDARY_MACS, Cost, ExitPoint, HeadSpec
 from exitify.program import Program
 
@@ -155,9 +153,7 @@ class ChooseExits(Pass):
 def _skippable(program: Program) -> dict[str, str]:
     """Values that are not computed while a skip path is left out, each with the path's name."""
     flow = dataflow(program)
-    return {
-        value: path.name for path in program.plan.skips for value in nx.ancestors(flow, path.after) - nx.ancestors(flow, path.before) - {path.before}
-    }
+    return {value: path.name for path in program.plan.skips for value in strictly_between(flow, path.before, path.after)}
 
 
 def _evenly(candidates: list[str], shares: dict[str, float], count: int) -> list[str]:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import networkx as nx
-
 from exitify.errors import PlanError
 from exitify.passes.base import Pass
 from exitify.passes.cost import node_costs, value_cost
-from exitify.passes.dataflow import cut_values, dataflow
+from exitify.passes.dataflow import cut_values, dataflow, strictly_between
 from exitify.passes.residual_stages import Block, Stage, find_stages
 from exitify.plan import SkipPath
 from exitify.program import Program
@@ -89,16 +87,15 @@ class ChooseSkips(Pass):
         if self.skips.isdecimal():
             if int(self.skips) < 1:
                 raise PlanError(f"--skips {self.skips} leaves nothing out", "`--skips none`, or a number from 1")
-            return {block for stage in stages for block in _at_the_end(stage, min(int(self.skips), len(stage.blocks) - 1))}
+            return {block for stage in stages for block in stage.blocks[max(1, len(stage.blocks) - int(self.skips)) :]}
         names = {name.strip() for name in self.skips.split(",")}
+        able = ", ".join(place for place, block in blocks.items() if block.shortcut == "identity")
+        hint = f"those that can be left out: {able or 'none'}"
         for name in names:
-            able = ", ".join(place for place, block in blocks.items() if block.shortcut == "identity")
             if name not in blocks:
-                raise PlanError(f"cannot leave out {name!r}: no residual block has this name", f"those that can be left out: {able or 'none'}")
+                raise PlanError(f"cannot leave out {name!r}: no residual block has this name", hint)
             if blocks[name].shortcut != "identity":
-                raise PlanError(
-                    f"cannot leave out {name!r}: its input does not stand in for its output", f"those that can be left out: {able or 'none'}"
-                )
+                raise PlanError(f"cannot leave out {name!r}: its input does not stand in for its output", hint)
         for stage in stages:
             if all(block.place in names for block in stage.blocks):
                 raise PlanError(f"cannot leave out all blocks of {stage.name!r}", "a stage keeps at least one")
@@ -129,11 +126,6 @@ class ChooseSkips(Pass):
         return "mandatory" if self.skips == "auto" else "not asked for"
 
 
-def _at_the_end(stage: Stage, count: int) -> list[Block]:
-    """The last blocks of a stage, no more than have an identity shortcut."""
-    return [block for block in stage.blocks[len(stage.blocks) - count :] if block.shortcut == "identity"]
-
-
 def _why_not(program: Program, output: str, before: str, after: str) -> str:
     """Why one value cannot stand in for another, empty if it can."""
     looks = program.values.get(before), program.values.get(after)
@@ -144,13 +136,13 @@ def _why_not(program: Program, output: str, before: str, after: str) -> str:
     if after == output:
         return "it gives the network's own answer"
     flow = dataflow(program)
-    inside = (nx.ancestors(flow, after) | {after}) - nx.ancestors(flow, before)
-    pending = [source for node in program.graph.nodes if node.name in inside - {before} for source in node.all_input_nodes]
+    computed = strictly_between(flow, before, after) | {after}
+    pending = [source for node in program.graph.nodes if node.name in computed for source in node.all_input_nodes]
     while pending:
         source = pending.pop()
         if source.name not in flow:
             pending.extend(source.all_input_nodes)  # a size, worked out from another value
-        elif source.name not in inside:
+        elif source.name not in computed | {before}:
             return f"it reads the size of {source.name!r}, which its input does not tell"
     return ""
 

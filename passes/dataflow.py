@@ -18,6 +18,12 @@ def dataflow(program: Program) -> nx.DiGraph:
     return flow
 
 
+def strictly_between(flow: nx.DiGraph, before: str, after: str) -> set[str]:
+    """What is computed on the way from one value to another, neither of them counted."""
+    found: set[str] = nx.ancestors(flow, after) - nx.ancestors(flow, before) - {before}
+    return found
+
+
 def cut_values(program: Program) -> list[str]:
     """Values through which everything passes on the way from input to output, in order: the dominators of the output."""
     flow = dataflow(program)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from exitify.errors import PlanError
 from exitify.passes.base import Pass
@@ -37,30 +37,22 @@ class SwitchNorms(Pass):
         paths = []
         for path in program.plan.skips:
             names = mandatory_nodes(program, path)
-            norms = tuple(name for name in names if is_norm(program, nodes[name]) and _has_tensors(program, name))
+            norms = tuple(name for name in names if is_norm(program, nodes[name]) and norm_tensors(program, name))
             for name in norms:
-                _copy_norm(program, second, name)
+                _copy_norm(program, second, nodes[name])
             paths.append(replace(path, norms=norms, drop_paths=tuple(name for name in names if drops_path(program, nodes[name]))))
         plan = replace(program.plan, skips=tuple(paths), segments=())
         return program.replace(plan=plan, members={SKIP_NORMS: second} if second._modules or second._parameters else None)
 
 
-def _has_tensors(program: Program, name: str) -> bool:
-    return bool(norm_tensors(program, program.graph, name))
-
-
-def _copy_norm(program: Program, second: nn.Module, name: str) -> None:
+def _copy_norm(program: Program, second: nn.Module, node: fx.Node) -> None:
     """Add a copy of a norm, or of the tensors that it reads, under the same path."""
-    node = next(node for node in program.graph.nodes if node.name == name)
     if node.op == "call_module":
         _put(second, str(node.target), copy.deepcopy(program.get_submodule(str(node.target))))
         return
-    for path in norm_tensors(program, program.graph, name):
+    for path in norm_tensors(program, node.name):
         owner, _, last = path.rpartition(".")
-        tensor = getattr(program.get_submodule(owner), last)
-        _put(
-            second, path, nn.Parameter(tensor.detach().clone(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
-        )
+        _put(second, path, copy.deepcopy(getattr(program.get_submodule(owner), last)))
 
 
 def _put(root: nn.Module, path: str, what: nn.Module | torch.Tensor) -> None:

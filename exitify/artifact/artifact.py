@@ -313,10 +313,11 @@ def _check_model(artifact: Artifact) -> None:
     plan = artifact.plan
     spans = {path: tensor_spans(memoryview(artifact.files[path]), path) for path in (WEIGHTS_FILE, HEADS_FILE)}
     looks: dict[str, Value] = {**plan.values, **parameter_values(plan)}
-    first = [(segment, graph_path(segment.name), artifact.graph(segment.name)) for segment in plan.segments]
-    two_sets = [segment for segment in plan.segments if segment.has_two_norm_sets]
-    second = [(segment, graph_path(segment.name, second=True), artifact.graph(segment.name, {segment.follows})) for segment in two_sets]
-    for segment, where, graph in (*first, *second):
+    first = {segment.name: artifact.graph(segment.name) for segment in plan.segments}
+    second = {segment.name: artifact.graph(segment.name, {segment.follows}) for segment in plan.segments if segment.follows}
+    stored = [(segment, False) for segment in plan.segments] + [(segment, True) for segment in plan.segments if segment.has_two_norm_sets]
+    for segment, is_second in stored:
+        where, graph = graph_path(segment.name, second=is_second), (second if is_second else first)[segment.name]
         reads, writes = (*segment.inputs, *segment.parameters), segment.outputs
         for found, names in ((graph.inputs, reads), (graph.outputs, writes)):
             if found != {name: value_info(name, looks[name]) for name in names}:
@@ -326,9 +327,11 @@ def _check_model(artifact: Artifact) -> None:
             expected = (np.dtype(external.dtype), external.shape, external.offset, external.offset + external.length)
             if span != expected:
                 raise MalformedManifest(f"{where} reads {name!r} from {external.location!r}, where the artifact has no such tensor", _AGAIN)
-    merge([graph for _, _, graph in first], "the model")
-    every_path = {path.name for path in plan.skips}
-    merge([artifact.graph(segment.name, every_path) for segment in plan.segments], "the model with every skip path left out")
+    merge(first.values(), "the model")
+    # Two graphs meet under some mask only if they meet under one of these: nothing left out, everything, or one path.
+    every = {path.name for path in plan.skips}
+    for what, skipped in (("every skip path", every), *((name, {name}) for name in every)):
+        merge([(second if s.follows in skipped else first)[s.name] for s in plan.segments], f"the model with {what} left out")
     for point in plan.exits:
         for name in (point.weight, point.bias):
             span = spans[HEADS_FILE].get(name)
@@ -358,7 +361,7 @@ def _check_profiles(artifact: Artifact) -> None:
         _translate("a profile", functools.partial(check_name, "profile", name))
         if set(profile.exits) != exits or profile.model_id != artifact.manifest.model_id:
             raise MalformedManifest(f"profile {name!r} was made for another network", "calibrate again: `exitify calibrate`")
-        if len(profile.skip) != len(artifact.plan.skips) or set(profile.skip) - {"0", "1"}:
+        if not _is_mask(artifact.plan, profile.skip):
             raise MalformedManifest(f"profile {name!r} has the mask {profile.skip[:80]!r}, which is none of this network", _AGAIN)
         for temperature in (profile.final_temperature, *(setting.temperature for setting in profile.exits.values())):
             if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
@@ -368,14 +371,18 @@ def _check_profiles(artifact: Artifact) -> None:
                 )
 
 
+def _is_mask(plan: Plan, text: str) -> bool:
+    return len(text) == len(plan.skips) and not set(text) - {"0", "1"}
+
+
 def _check_masks(artifact: Artifact) -> None:
-    table, paths = artifact.masks, len(artifact.plan.skips)
+    table = artifact.masks
     if table is None:
         return
     if table.model_id != artifact.manifest.model_id:
         raise MalformedManifest(f"{MASKS_FILE} was measured on another network", "calibrate again: `exitify calibrate --budget-ms`")
     for mask in table.masks:
-        if len(mask) != paths or set(mask) - {"0", "1"}:
+        if not _is_mask(artifact.plan, mask):
             raise MalformedManifest(f"{MASKS_FILE} has the mask {mask[:80]!r}, which is none of this network", _AGAIN)
     if not table.masks or min(measured.ms for measured in table.masks.values()) <= 0:
         raise MalformedManifest(f"{MASKS_FILE} has no masks, or one that takes no time", _AGAIN)

@@ -53,6 +53,13 @@ class Outputs:
         """The same for these samples only."""
         return replace(self, logits=self.logits[:, rows], labels=self.labels[rows], whole=None if self.whole is None else self.whole[rows])
 
+    def confidence(self, temperatures: NDArray[np.float64], policy: str) -> NDArray[np.float64]:
+        """How sure each early exit is, `(K, N)`, by a policy's score at its temperature."""
+        found = np.zeros(self.logits.shape[:2])[:-1]
+        for row, logits, temperature in zip(found, self.logits, temperatures):
+            row[:] = confidence_of(logits / temperature, policy)
+        return found
+
     @property
     def full(self) -> NDArray[np.float32]:
         """The full network's logits, `(N, classes)`: nothing left out, no exit taken."""
@@ -146,10 +153,7 @@ def _with_settings(
     if warning:
         log.warning(warning)
         settings = replace(settings, promise=replace(settings.promise, note=" ".join(filter(None, (settings.promise.note, warning)))))
-    exits = {
-        point.name: ExitSetting(bool(threshold < NEVER), float(min(threshold, 2.0)), float(temperature))
-        for point, threshold, temperature in zip(artifact.plan.exits, settings.thresholds, settings.temperatures)
-    }
+    exits = exit_settings(artifact.plan, settings.thresholds, settings.temperatures)
     profile = Profile(
         artifact.manifest.model_id,
         policy,
@@ -161,6 +165,14 @@ def _with_settings(
         data=samples.identity(),
     )
     return artifact.with_profile(name, profile)
+
+
+def exit_settings(plan: Plan, thresholds: NDArray[np.float64], temperatures: NDArray[np.float64]) -> dict[str, ExitSetting]:
+    """Thresholds and temperatures as a profile holds them, by exit."""
+    return {
+        point.name: ExitSetting(bool(threshold < NEVER), float(min(threshold, 2.0)), float(temperature))
+        for point, threshold, temperature in zip(plan.exits, thresholds, temperatures)
+    }
 
 
 def record_outputs(
@@ -361,15 +373,12 @@ def _temperatures(outputs: Outputs) -> NDArray[np.float64]:
 
 def _recorded(outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, policy: str, loss: NDArray[np.float64]) -> Recorded:
     """What the search works on; costs in units of the full network's, boundaries priced."""
-    confidence = np.zeros((len(plan.exits), len(outputs.labels)))
-    for row, logits, t in zip(confidence, outputs.logits, temperatures):
-        row[:] = confidence_of(logits / t, policy)
     full = plan.full_macs
     names = [point.name for point in plan.exits]
     reach = plan.macs_at(names, outputs.mask or None)
     heads = np.array([plan.head(point).cost.macs for point in plan.exits], float)
     reach_cost = np.array([*reach.values()], float) - np.append(np.cumsum(heads), heads.sum())
-    return Recorded(confidence, loss, reach_cost / full, (heads + BOUNDARY_MACS) / full)
+    return Recorded(outputs.confidence(temperatures, policy), loss, reach_cost / full, (heads + BOUNDARY_MACS) / full)
 
 
 def confidence_of(logits: NDArray[np.floating], policy: str) -> NDArray[np.float64]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import NO_PROFILE, Artifact
-from exitify.artifact.manifest import ExitSetting, MaskMeasured, MaskTable, Profile, Promise
-from exitify.calibration.calibrate import HeldOut, Outputs, Settings, cross_fit, record_outputs, settled
-from exitify.calibration.thresholds import NEVER
+from exitify.artifact.manifest import MaskMeasured, MaskTable, Profile, Promise
+from exitify.calibration.calibrate import HeldOut, Outputs, Settings, cross_fit, exit_settings, record_outputs, settled
 from exitify.data import Samples
 from exitify.plan import FINAL, Mask, Plan, mask_text
 from exitify.progress import Progress, silent
@@ -134,15 +133,14 @@ def time_masks(session: Session, masks: Sequence[Mask], inputs: NDArray[np.gener
     return {mask: float(np.median(found)) for mask, found in rounds.items()}
 
 
-def greedy_masks(plan: Plan, loss: object) -> list[Mask]:
+def greedy_masks(plan: Plan, loss: Callable[[Mask], float]) -> list[Mask]:
     """Masks from none to all: at each step the path is left out that costs least for what it saves."""
-    assert callable(loss)
     mask = plan.mask(None)
     chosen = [mask]
     while not all(mask):
         options = [tuple(flag or i == j for j, flag in enumerate(mask)) for i, flag in enumerate(mask) if not flag]
         saved = [plan.macs_at((), mask)[FINAL] - plan.macs_at((), option)[FINAL] for option in options]
-        losses = [float(loss(option)) for option in options]
+        losses = [loss(option) for option in options]
         mask = options[int(np.argmin([lost / max(save, 1) for lost, save in zip(losses, saved)]))]
         chosen.append(mask)
     return chosen
@@ -164,10 +162,7 @@ def _time_choice(
 ) -> float:
     """Mean milliseconds an answer with this mask and these thresholds."""
     path, _, temperatures = found
-    settings = {
-        point.name: ExitSetting(bool(threshold < NEVER), float(min(threshold, 2.0)), float(temperature))
-        for point, threshold, temperature in zip(artifact.plan.exits, path[choice.step], temperatures)
-    }
+    settings = exit_settings(artifact.plan, path[choice.step], temperatures)
     promise = Promise("budget-ms", 0.0, 0.0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
     profile = Profile(artifact.manifest.model_id, policy, settings, float(temperatures[-1]), mask_text(choice.mask), promise, "", "")  # type: ignore[arg-type]
     session = Session(artifact.with_profile("timed", profile), engine=engine, profile="timed", threads=threads)

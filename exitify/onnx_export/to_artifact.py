@@ -159,7 +159,7 @@ def _whole_network(program: Program) -> tuple[ModelProto, dict[str, list[str]]]:
 
 def _untied(module: nn.Module, program: Program) -> nn.Module:
     """The module, in a copy if need be, with a tensor of its own for each norm that switches: of a shared one ONNX keeps one name."""
-    names = {name for path in program.plan.skips for node in path.norms for name in norm_tensors(program, program.graph, node)}
+    names = {name for path in program.plan.skips for node in path.norms for name in norm_tensors(program, node)}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     count = Counter(map(id, parameters.values()))
     tied = [name for name in names if name in parameters and count[id(parameters[name])] > 1]
@@ -236,7 +236,7 @@ class _Cut:
         self.nodes: list[NodeProto] = [node for node in network.graph.node if node.op_type != "Constant"]
         self.made_by = {name: i for i, node in enumerate(self.nodes) for name in node.output}
         self.plan = program.plan
-        self.switching = {path.name: {t for name in path.norms for t in norm_tensors(program, program.graph, name)} for path in program.plan.skips}
+        self.switching = {path.name: {t for name in path.norms for t in norm_tensors(program, name)} for path in program.plan.skips}
         self.owner: dict[int, str] = {}
         self.known = {program.plan.input}
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in network.graph.initializer}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from exitify.errors import PlanError
+from exitify.heads import looks_channels_last
 from exitify.plan import SkipPath
 from exitify.program import ExitOutputs, Program, norm_tensors
 
@@ -54,7 +55,8 @@ class SkipAwareDistillation:
         distil: bool = True,
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        plan = program_of(model).plan
+        program = program_of(model)
+        plan = program.plan
         if not plan.skips:
             raise PlanError("the network has no skip paths to distil", 'exitify.transform(model, example, skips="auto")')
         if features not in get_args(Features):
@@ -62,7 +64,6 @@ class SkipAwareDistillation:
         self.model, self.plan = model, plan
         self.alpha, self.features, self.temperature, self.distil = alpha, features, temperature, distil
         self.criterion = criterion or functional.cross_entropy
-        program = program_of(model)
         self._channels_last = [len(program.values[path.after].shape) == 3 and _has_channels_last(program, path) for path in plan.skips]
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -115,11 +116,10 @@ def _over_channels(h: torch.Tensor, channels_last: bool, features: Features) -> 
 def _has_channels_last(program: Program, path: SkipPath) -> bool:
     """Whether the stage's output is a map `(H, W, C)` and not `(C, H, W)`.
 
-    Its norms have a number for each channel; where that does not tell, or nothing switches, a map is wider than it is deep:
-    its first two sides are alike, and its last is not.
+    Its norms have a number for each channel; where that does not tell, or nothing switches, its sides do.
     """
     shape = program.values[path.after].shape
     members = {**dict(program.named_parameters()), **dict(program.named_buffers())}
-    sizes = {members[tensor].numel() for norm in path.norms for tensor in norm_tensors(program, program.graph, norm)}
+    sizes = {members[tensor].numel() for norm in path.norms for tensor in norm_tensors(program, norm)}
     first, last = shape[0] in sizes, shape[-1] in sizes
-    return last if first != last else shape[0] == shape[1] != shape[2]
+    return last if first != last else looks_channels_last(shape)

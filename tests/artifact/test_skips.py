@@ -112,6 +112,22 @@ def test_a_name_with_two_meanings_among_second_graphs_is_refused(artifact):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: model.SerializeToString()}))
 
 
+def test_a_name_with_two_meanings_that_meet_under_one_mask_alone_is_refused(artifact):
+    """A first graph against another's second: neither with nothing left out nor with everything do they meet."""
+    models = {
+        name: onnx.load_model_from_string(bytes(artifact.files[graph_path(name, second=name == "trunk_skip3")]))
+        for name in ("trunk_skip1", "trunk_skip3")
+    }
+    for model in models.values():
+        inside = model.graph.node[0].output[0]
+        for node in model.graph.node:
+            node.input[:] = ["meets" if name == inside else name for name in node.input]
+            node.output[:] = ["meets" if name == inside else name for name in node.output]
+    edited = {graph_path(name, second=name == "trunk_skip3"): model.SerializeToString() for name, model in models.items()}
+    with refused(SAME, match="with skip[13] left out .*two meanings of the name 'meets'"):
+        reopened(build_artifact(artifact.manifest, {**artifact.files, **edited}))
+
+
 def test_a_path_that_is_not_one_block_is_refused(artifact):
     path = artifact.plan.skips[0]
     for changes in ({"before": artifact.plan.skips[1].before}, {"after": path.before}):
