@@ -1,10 +1,10 @@
 """Accuracy against time on CIFAR-10: exits alone, skip paths alone, and both, from one artifact.
 
     python -m benchmarks.cifar_front artifact --work DIR --seed 0 --output both.exitify      # from `cifar_skips train`; trains heads
-    python -m benchmarks.cifar_front front both.exitify --plot front.png
+    python -m benchmarks.cifar_front front seed0.exitify seed1.exitify … --plot front.png
 
 `front` records every exit under every mask on the test images, and times every mask. On one half of the images each family
-chooses what loses least within a time, for a row of times; the other half judges. Then the choices are timed as they are,
+chooses as `calibrate --budget-ms` does, for a row of times; the other half judges. Then the choices are timed as they are,
 in turn, batch 1, one thread.
 """
 
@@ -14,7 +14,6 @@ import argparse
 import itertools
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,10 @@ from examples.cifar_resnet56.model import CifarResNet
 from exitify.artifact.artifact import NO_PROFILE, Artifact
 from exitify.artifact.manifest import InputContract, Preprocess, Profile, Promise
 from exitify.calibration.calibrate import Outputs, cross_fit, exit_settings, record_outputs
-from exitify.calibration.thresholds import NEVER, exits_taken
-from exitify.calibration.time_budget import time_masks
+from exitify.calibration.thresholds import exits_taken
+from exitify.calibration.time_budget import Candidate, Jury, candidates_of, most_accurate, probabilities, time_masks
 from exitify.data import Samples, load_samples
-from exitify.plan import Mask, mask_text
+from exitify.plan import mask_text
 from exitify.program import HEADS
 from exitify.runtime.session import Session
 from exitify.train.heads import HeadTraining
@@ -40,21 +39,10 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 """Times within which a choice is made, as shares of the whole network's."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A mask with thresholds and temperatures. drop: Estimated on the half that it was chosen on."""
-
-    mask: Mask
-    thresholds: NDArray[np.float64]
-    temperatures: NDArray[np.float64]
-    drop: float
-    ms: float
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["artifact", "front"])
-    parser.add_argument("path", type=Path, nargs="?")
+    parser.add_argument("paths", type=Path, nargs="*")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--depth", type=int, default=20)
@@ -66,7 +54,11 @@ def main() -> None:
     if options.what == "artifact":
         make(options, data)
     else:
-        front(Artifact.open(options.path), load_samples(f"{data}#test", Artifact.open(options.path).manifest.input, classes=10), options)
+        artifacts = [Artifact.open(path) for path in options.paths]
+        fronts = [front(artifact, load_samples(f"{data}#test", artifact.manifest.input, classes=10), options.splits) for artifact in artifacts]
+        compare({family: np.stack([accuracy[family] for accuracy, _ in fronts]) for family in FAMILIES})
+        if options.plot:
+            draw(fronts, options.plot)
 
 
 def make(options: argparse.Namespace, data: Path) -> None:
@@ -85,8 +77,14 @@ def make(options: argparse.Namespace, data: Path) -> None:
     print(artifact.plan.text(), *(f"{report.exit} {report.accuracy:.4f}" for report in reports), sep="\n")
 
 
-def front(artifact: Artifact, samples: Samples, options: argparse.Namespace) -> None:
-    """Print, and draw, accuracy against time of the three families."""
+Accuracies = dict[str, NDArray[np.float64]]
+"""Of each family, `(splits, times)`; not a number where the time is out of reach."""
+Times = dict[tuple[str, int], float]
+"""Milliseconds as measured, of each family within each time that it reaches."""
+
+
+def front(artifact: Artifact, samples: Samples, splits: int) -> tuple[Accuracies, Times]:
+    """Print, and return, accuracy against time of the three families."""
     plan = artifact.plan
     session = Session(artifact, profile=NO_PROFILE)
     nothing = plan.mask(None)
@@ -99,67 +97,71 @@ def front(artifact: Artifact, samples: Samples, options: argparse.Namespace) -> 
         right = (recorded[mask].logits[-1].argmax(1) == samples.labels).mean()
         print(f"{mask_text(mask)}: {right:.4f}, {times[mask]:.3f} ms")
     whole = times[nothing]
-    accuracy = {family: np.zeros((options.splits, len(SHARES))) for family in FAMILIES}
-    shown: dict[str, list[Choice]] = {}
-    for split in range(options.splits):
+    accuracy = {family: np.full((splits, len(SHARES)), np.nan) for family in FAMILIES}
+    shown: dict[tuple[str, int], tuple[Candidate, NDArray[np.float64]]] = {}
+    for split in range(splits):
         order = np.random.default_rng(split).permutation(len(samples))
         half, judged = np.array_split(order, 2)
-        choices = [choice for mask in masks for choice in path(recorded[mask].select(half), artifact, mask, times[mask])]
-        for family in FAMILIES:
-            allowed = [choice for choice in choices if belongs(choice, family, nothing)]
-            taken = [best(allowed, share * whole) for share in SHARES]
-            accuracy[family][split] = [right_share(choice, recorded[choice.mask].select(judged)) for choice in taken]
+        fits = {mask: cross_fit(recorded[mask].select(half), plan, "top1", 0) for mask in masks}
+        belief = np.mean([probabilities(recorded[mask].logits[-1, half], fits[mask][2][-1]) for mask in masks], axis=0)
+        jury = Jury(samples.labels[half], belief)
+        choices = [choice for mask, (path, held_out, _) in fits.items() for choice in candidates_of(mask, path, held_out, times[mask], jury)]
+        for family, (i, share) in itertools.product(FAMILIES, enumerate(SHARES)):
+            within = [choice for choice in choices if belongs(choice, family) and choice.ms <= share * whole * 1.0001]
+            if not within:
+                continue
+            chosen = most_accurate(within, jury)
+            temperatures = fits[chosen.mask][2]
+            accuracy[family][split, i] = right_share(chosen, temperatures, recorded[chosen.mask].select(judged))
             if split == 0:
-                shown[family] = taken
+                shown[family, i] = chosen, temperatures
     measured = time_choices(artifact, shown, samples)
     print("time within   " + "   ".join(f"{family:>24s}" for family in FAMILIES))
     for i, share in enumerate(SHARES):
-        cells = [f"{accuracy[f][:, i].mean() * 100:6.2f} % {measured[f][i]:6.3f} ms {mask_text(shown[f][i].mask)}" for f in FAMILIES]
+        cells = [
+            f"{accuracy[f][:, i].mean() * 100:6.2f} % {measured[f, i]:6.3f} ms {mask_text(shown[f, i][0].mask)}"
+            if (f, i) in shown
+            else "out of reach"
+            for f in FAMILIES
+        ]
         print(f"{share:10.2f}   " + "   ".join(f"{cell:>24s}" for cell in cells))
+    return accuracy, measured
+
+
+def compare(accuracy: Accuracies) -> None:
+    """Print how far both are ahead of one, in points, and the standard error: `(artifacts, splits, times)` a family.
+
+    Over artifacts where there are several; over splits, which share their samples, where there is one.
+    """
     for family in FAMILIES[:2]:
-        gap = accuracy["both"] - accuracy[family]
-        errors = gap.std(axis=0, ddof=1) / np.sqrt(options.splits)
-        print(f"both over {family}: " + " ".join(f"{g * 100:+.2f}±{e * 100:.2f}" for g, e in zip(gap.mean(axis=0), errors)))
-    if options.plot:
-        draw(accuracy, measured, options.plot)
+        gap = 100 * (accuracy["both"] - accuracy[family])
+        rows = gap.mean(axis=1) if len(gap) > 1 else gap[0]
+        errors = rows.std(axis=0, ddof=1) / np.sqrt(len(rows))
+        cells = [f"{share:g}: {g:+.2f} ± {e:.2f}" for share, g, e in zip(SHARES, rows.mean(axis=0), errors) if not np.isnan(g)]
+        print(f"both over {family}, points within a share of the time: " + ", ".join(cells))
 
 
-def path(outputs: Outputs, artifact: Artifact, mask: Mask, ms: float) -> list[Choice]:
-    """A mask's settings from the safest to the cheapest, with what they lose and take."""
-    thresholds, held_out, temperatures = cross_fit(outputs, artifact.plan, "top1", 0)
-    shares = held_out.cost / held_out.cost[0]
-    return [Choice(mask, found, temperatures, float(drop), ms * float(share)) for found, drop, share in zip(thresholds, held_out.drop, shares)]
-
-
-def belongs(choice: Choice, family: str, nothing: Mask) -> bool:
+def belongs(choice: Candidate, family: str) -> bool:
     """Whether a family may make this choice."""
-    stops = bool((choice.thresholds < NEVER).any())
-    return family == "both" or (choice.mask == nothing if family == "exits alone" else not stops)
+    return family == "both" or (not any(choice.mask) if family == "exits alone" else not choice.stops)
 
 
-def best(choices: list[Choice], budget: float) -> Choice:
-    """What loses least within a time; the fastest where nothing is within it."""
-    within = [choice for choice in choices if choice.ms <= budget * 1.0001]
-    return min(within, key=lambda choice: (choice.drop, choice.ms)) if within else min(choices, key=lambda choice: choice.ms)
-
-
-def right_share(choice: Choice, outputs: Outputs) -> float:
+def right_share(choice: Candidate, temperatures: NDArray[np.float64], outputs: Outputs) -> float:
     """Accuracy of a choice on other samples."""
-    taken = exits_taken(outputs.confidence(choice.temperatures, "top1"), choice.thresholds)
+    taken = exits_taken(outputs.confidence(temperatures, "top1"), choice.thresholds)
     return float((outputs.logits.argmax(2)[taken, np.arange(len(taken))] == outputs.labels).mean())
 
 
-def time_choices(artifact: Artifact, shown: dict[str, list[Choice]], samples: Samples) -> dict[str, NDArray[np.float64]]:
+def time_choices(artifact: Artifact, shown: dict[tuple[str, int], tuple[Candidate, NDArray[np.float64]]], samples: Samples) -> Times:
     """Mean milliseconds an answer of each choice, in turn over the same images."""
     rows = np.random.default_rng(1).permutation(len(samples))[:200]
     inputs = samples.inputs(rows)
     sessions: dict[tuple[str, int], Session] = {}
-    for family, taken in shown.items():
-        for i, choice in enumerate(taken):
-            settings = exit_settings(artifact.plan, choice.thresholds, choice.temperatures)
-            promise = Promise("budget-ms", 0.0, 0.0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
-            made = Profile(artifact.manifest.model_id, "top1", settings, float(choice.temperatures[-1]), mask_text(choice.mask), promise, "", "")
-            sessions[family, i] = Session(artifact.with_profile("shown", made), profile="shown")
+    for key, (choice, temperatures) in shown.items():
+        settings = exit_settings(artifact.plan, choice.thresholds, temperatures)
+        promise = Promise("budget-ms", 0.0, 0.0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
+        made = Profile(artifact.manifest.model_id, "top1", settings, float(temperatures[-1]), mask_text(choice.mask), promise, "", "")
+        sessions[key] = Session(artifact.with_profile("shown", made), profile="shown")
     found: dict[tuple[str, int], list[float]] = {key: [] for key in sessions}
     for warm in (True, False):
         for x in inputs[:10] if warm else inputs:
@@ -168,11 +170,11 @@ def time_choices(artifact: Artifact, shown: dict[str, list[Choice]], samples: Sa
                 session.run(x)
                 if not warm:
                     found[key].append((time.perf_counter_ns() - started) / 1e6)
-    return {family: np.array([np.mean(found[family, i]) for i in range(len(taken))]) for family, taken in shown.items()}
+    return {key: float(np.mean(times)) for key, times in found.items()}
 
 
-def draw(accuracy: dict[str, NDArray[np.float64]], measured: dict[str, NDArray[np.float64]], target: Path) -> None:
-    """The three fronts in one plot."""
+def draw(fronts: list[tuple[Accuracies, Times]], target: Path) -> None:
+    """The three fronts in one plot, the mean over artifacts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,7 +182,9 @@ def draw(accuracy: dict[str, NDArray[np.float64]], measured: dict[str, NDArray[n
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for family, marker in zip(FAMILIES, "osx"):
-        axes.plot(measured[family], accuracy[family].mean(axis=0) * 100, marker=marker, label=family)
+        reached = [i for i in range(len(SHARES)) if all((family, i) in measured for _, measured in fronts)]
+        times = [np.mean([measured[family, i] for _, measured in fronts]) for i in reached]
+        axes.plot(times, [100 * np.mean([accuracy[family][:, i] for accuracy, _ in fronts]) for i in reached], marker=marker, label=family)
     axes.set_xlabel("mean ms an answer (batch 1, one thread)")
     axes.set_ylabel("accuracy on unseen images, %")
     axes.legend()

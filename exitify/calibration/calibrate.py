@@ -309,9 +309,11 @@ def looks_memorised(settings: Settings) -> str:
 class HeldOut:
     """The steps of the path, each judged on samples that its thresholds were not found on: one number a step.
 
+    answers: `(steps, N)`, the class that each step answers with.
     own_macs: The cost of the path's own thresholds, on the samples that they were found on.
     """
 
+    answers: NDArray[np.int32]
     drop: NDArray[np.float64]
     drop_error: NDArray[np.float64]
     disagreement: NDArray[np.float64]
@@ -329,22 +331,22 @@ def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[lis
     path = [nothing, *price_path(recorded)]
     count = len(outputs.labels)
     predictions = outputs.logits.argmax(axis=2)
-    right = predictions == outputs.labels
     full = outputs.full.argmax(axis=1)
     full_right = (full == outputs.labels).astype(float)
-    drop, differs, cost, macs = (np.zeros((len(path), count)) for _ in range(4))
+    answers = np.zeros((len(path), count), np.int32)
+    cost, macs = (np.zeros((len(path), count)) for _ in range(2))
     folds = np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
     for fold in folds:
         others = np.setdiff1d(np.arange(count), fold)
         for step, thresholds in enumerate([nothing, *price_path(recorded.select(others))]):
             taken = exits_taken(recorded.confidence[:, fold], thresholds)
-            drop[step, fold] = full_right[fold] - right[taken, fold]
-            differs[step, fold] = predictions[taken, fold] != full[fold]
+            answers[step, fold] = predictions[taken, fold]
             cost[step, fold] = recorded.cost(thresholds)[taken]
             macs[step, fold] = _macs(plan, outputs.mask, thresholds)[taken]
+    drop, differs = full_right - (answers == outputs.labels), answers != full
     error = drop.std(axis=1) / np.sqrt(count)
     own = np.array([_macs(plan, outputs.mask, thresholds)[exits_taken(recorded.confidence, thresholds)].mean() for thresholds in path])
-    return path, HeldOut(drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(full_right.mean())), temperatures
+    return path, HeldOut(answers, drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(full_right.mean())), temperatures
 
 
 def settled(

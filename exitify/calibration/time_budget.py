@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from exitify.artifact.artifact import NO_PROFILE, Artifact
 from exitify.artifact.manifest import MaskMeasured, MaskTable, Profile, Promise
 from exitify.calibration.calibrate import HeldOut, Outputs, Settings, cross_fit, exit_settings, record_outputs, settled
+from exitify.calibration.temperature import log_softmax
+from exitify.calibration.thresholds import NEVER
 from exitify.data import Samples
 from exitify.plan import FINAL, Mask, Plan, mask_text
 from exitify.progress import Progress, silent
@@ -30,13 +32,42 @@ CHECKS = 6
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A mask with one step of its path of thresholds. ms: Estimated."""
+class Candidate:
+    """A mask with one step of its path of thresholds.
+
+    answers: `(N,)`, classes, on held-out samples. loss: The mean of what `Jury` says of them. ms: Estimated.
+    """
 
     mask: Mask
     step: int
-    drop: float
+    thresholds: NDArray[np.float64]
+    answers: NDArray[np.int32]
+    loss: float
     ms: float
+
+    @property
+    def stops(self) -> bool:
+        """Whether an exit is on."""
+        return bool((self.thresholds < NEVER).any())
+
+
+@dataclass(frozen=True)
+class Jury:
+    """What tells good answers from bad ones: labels, and what the networks of all masks believe together.
+
+    Labels alone say little of two masks that differ in few answers; belief is smooth, but sure of what all masks get wrong. No one
+    mask's belief is taken, since that mask would be the best by it.
+
+    labels: `(N,)`. belief: `(N, classes)`, the mean of the masks' probabilities.
+    """
+
+    labels: NDArray[np.int64]
+    belief: NDArray[np.float64]
+
+    def loss(self, answers: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Errors of the answers, `(N,)`: half as observed, half as expected."""
+        believed = np.take_along_axis(self.belief, answers[:, None].astype(np.intp), axis=1)[:, 0]
+        return 0.5 * (answers != self.labels) + 0.5 * (1.0 - believed)
 
 
 def settle_time(
@@ -79,42 +110,67 @@ def settle_time(
     times = time_masks(session, list(dict.fromkeys([nothing, *masks])), inputs, progress)
     paths: dict[Mask, tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]]] = {}
     measured: dict[str, MaskMeasured] = {}
+    belief = np.zeros(full.shape)
     for i, mask in enumerate(times):
         progress("searching thresholds", i, len(times))
         outputs = outputs_of(mask)
         right = float((outputs.logits[-1].argmax(1) == outputs.labels).mean())
         share = plan.macs_at((), mask)[FINAL] / plan.full_macs
         measured[mask_text(mask)] = MaskMeasured(right, _disagreement(outputs), share, times[mask])
+        fit = cross_fit(outputs, plan, policy, seed)
+        belief += probabilities(outputs.logits[-1], fit[2][-1]) / len(times)
         if mask in masks:
-            paths[mask] = cross_fit(outputs, plan, policy, seed)
+            paths[mask] = fit
         del outputs, recorded[mask]  # thousands of classes fill the memory
     table = MaskTable(artifact.manifest.model_id, session.engine.name, threads, processor.model_name(), len(samples), samples.identity(), measured)
-    candidates = [
-        _Candidate(mask, step, float(held_out.drop[step]), times[mask] * float(held_out.cost[step] / held_out.cost[0]))
-        for mask, (path, held_out, _) in paths.items()
-        for step in range(len(path))
-    ]
+    jury = Jury(samples.labels, belief)
+    candidates = [found for mask, (path, held_out, _) in paths.items() for found in candidates_of(mask, path, held_out, times[mask], jury)]
     slower = dict.fromkeys(paths, 1.0)
     best, ms = candidates[0], np.inf
     for check in range(CHECKS):
         progress("timing the choice", check, CHECKS)
         within = [found for found in candidates if found.ms * slower[found.mask] <= budget]
-        if within and check < CHECKS - 1:
-            chosen = min(within, key=lambda found: (found.drop, found.ms))
-        else:
-            chosen = min(candidates, key=lambda found: found.ms * slower[found.mask])
-        found_ms = _time_choice(artifact, chosen, paths[chosen.mask], inputs, policy, engine, threads)
+        fastest = min(candidates, key=lambda found: found.ms * slower[found.mask])
+        chosen = most_accurate(within, jury) if within and check < CHECKS - 1 else fastest
+        found_ms = _time_choice(artifact, chosen, paths[chosen.mask][2], inputs, policy, engine, threads)
         if found_ms <= budget or found_ms < ms:
             best, ms = chosen, found_ms
         if ms <= budget or not within:
             break
         slower[chosen.mask] *= max(found_ms / (chosen.ms * slower[chosen.mask]), 1.01)
     progress("timing the choice", CHECKS, CHECKS)
-    path, held_out, temperatures = paths[best.mask]
+    _, held_out, temperatures = paths[best.mask]
     note = f"{ms:.2f} ms measured with {session.engine.name} on {processor.model_name()}; "
     note += f"estimated drop {held_out.drop[best.step] * 100:+.2f} ± {held_out.drop_error[best.step] * 100:.2f} points."
     promise = Promise("budget-ms", budget, 0.0, ms <= budget, len(samples), 0, 0, 0, 0, ms, note)
-    return table, best.mask, settled(path[best.step], temperatures, held_out, best.step, promise, best.mask)
+    return table, best.mask, settled(best.thresholds, temperatures, held_out, best.step, promise, best.mask)
+
+
+def candidates_of(mask: Mask, path: list[NDArray[np.float64]], held_out: HeldOut, ms: float, jury: Jury) -> list[Candidate]:
+    """A mask's settings from the safest to the cheapest. ms: Of an answer without exits."""
+    times = ms * held_out.cost / held_out.cost[0]
+    return [
+        Candidate(mask, step, thresholds, answers, float(jury.loss(answers).mean()), float(times[step]))
+        for step, (thresholds, answers) in enumerate(zip(path, held_out.answers))
+    ]
+
+
+def most_accurate(candidates: Sequence[Candidate], jury: Jury) -> Candidate:
+    """The one that loses least, as far as the samples can tell.
+
+    The least of many estimates is a lucky one, and the more masks are looked at, the luckier. So what has few rivals goes first:
+    stopping early with nothing left out, then leaving out without stopping, then both. A later one is taken when it is better
+    by more than the standard error of the difference on the same samples.
+    """
+    kinds: dict[tuple[bool, bool], list[Candidate]] = {}
+    for found in candidates:
+        kinds.setdefault((any(found.mask), any(found.mask) and found.stops), []).append(found)
+    best, *others = (min(kinds[kind], key=lambda found: (found.loss, found.ms)) for kind in sorted(kinds))
+    for other in others:
+        gain = jury.loss(best.answers) - jury.loss(other.answers)
+        if gain.mean() > gain.std() / np.sqrt(len(gain)):
+            best = other
+    return best
 
 
 def time_masks(session: Session, masks: Sequence[Mask], inputs: NDArray[np.generic], progress: Progress = silent) -> dict[Mask, float]:
@@ -131,6 +187,11 @@ def time_masks(session: Session, masks: Sequence[Mask], inputs: NDArray[np.gener
                 session.run(x, mask)
                 found.append((time.perf_counter_ns() - started) / 1e6)
     return {mask: float(np.median(found)) for mask, found in rounds.items()}
+
+
+def probabilities(logits: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
+    """Of the classes, `(N, classes)`."""
+    return np.exp(log_softmax(logits / temperature))
 
 
 def greedy_masks(plan: Plan, loss: Callable[[Mask], float]) -> list[Mask]:
@@ -153,16 +214,15 @@ def _disagreement(outputs: Outputs) -> float:
 
 def _time_choice(
     artifact: Artifact,
-    choice: _Candidate,
-    found: tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]],
+    choice: Candidate,
+    temperatures: NDArray[np.float64],
     inputs: NDArray[np.generic],
     policy: str,
     engine: str,
     threads: int,
 ) -> float:
     """Mean milliseconds an answer with this mask and these thresholds."""
-    path, _, temperatures = found
-    settings = exit_settings(artifact.plan, path[choice.step], temperatures)
+    settings = exit_settings(artifact.plan, choice.thresholds, temperatures)
     promise = Promise("budget-ms", 0.0, 0.0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
     profile = Profile(artifact.manifest.model_id, policy, settings, float(temperatures[-1]), mask_text(choice.mask), promise, "", "")  # type: ignore[arg-type]
     session = Session(artifact.with_profile("timed", profile), engine=engine, profile="timed", threads=threads)

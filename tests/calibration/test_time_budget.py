@@ -11,7 +11,8 @@ import pytest
 from exitify.artifact.artifact import Artifact
 from exitify.calibration import time_budget
 from exitify.calibration.calibrate import calibrate, record_outputs, settle_max_drop
-from exitify.calibration.time_budget import greedy_masks
+from exitify.calibration.thresholds import NEVER
+from exitify.calibration.time_budget import Candidate, Jury, greedy_masks, most_accurate
 from exitify.data import Samples, load_samples
 from exitify.errors import CalibrationError, PlanError
 from exitify.plan import FINAL, Plan, mask_text
@@ -134,6 +135,40 @@ def test_times_are_measured_on_this_machine(artifact, samples):
     session.use(budget_ms=1e4)
     best = max(row.accuracy for row in made.masks.masks.values())
     assert made.masks.masks[session.mask].accuracy == best
+
+
+def candidate(jury: Jury, mask: str, wrong: range, *, stops: bool = False, ms: float = 1.0) -> Candidate:
+    """One that is wrong on these samples, all of class 0."""
+    answers = np.isin(np.arange(len(jury.labels)), wrong).astype(np.int32)
+    thresholds = np.array([0.9 if stops else NEVER])
+    return Candidate(tuple(flag == "1" for flag in mask), 0, thresholds, answers, float(jury.loss(answers).mean()), ms)
+
+
+def jury(samples: int = 400, belief: float = 0.5) -> Jury:
+    """Labels all 0, and a belief in them."""
+    return Jury(np.zeros(samples, np.int64), np.tile([belief, 1.0 - belief], (samples, 1)))
+
+
+@pytest.mark.parametrize(("first", "second"), [(("00", True), ("01", False)), (("01", False), ("01", True)), (("00", False), ("10", True))])
+def test_a_choice_with_more_rivals_has_to_be_better_by_more_than_its_standard_error(first, second):
+    judges = jury()
+    simple = candidate(judges, first[0], range(3), stops=first[1])
+    by_luck, by_merit = (candidate(judges, second[0], wrong, stops=second[1]) for wrong in (range(3, 5), range(0)))
+    assert by_luck.loss < simple.loss
+    assert most_accurate([by_luck, simple], judges) is simple
+    assert most_accurate([by_merit, simple], judges) is by_merit
+    # Three wrong against two others: 1 ± 2.2 of 400; against none: 3 ± 1.7.
+
+
+def test_within_a_kind_the_least_loss_is_chosen_and_of_equal_ones_the_fastest():
+    judges = jury()
+    rivals = [candidate(judges, "01", range(3)), candidate(judges, "10", range(2), ms=2.0), candidate(judges, "11", range(2), ms=1.5)]
+    assert most_accurate(rivals, judges) is rivals[2]
+
+
+def test_a_jury_counts_half_an_error_observed_and_half_expected():
+    judges = jury(samples=2, belief=0.75)
+    assert judges.loss(np.array([0, 1], np.int32)).tolist() == [0.125, 0.875]
 
 
 def test_greedy_masks_go_from_nothing_to_everything():
