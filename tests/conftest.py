@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 from tests.emulator import CannotEmulate, EmulatedPython, emulated_python
+from tests.fake_cuda import CannotFake, FakeGpu
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("EXITIFY_DATA", ROOT.parent / "shared" / "data"))
@@ -107,6 +108,15 @@ def aarch64_linker() -> list[str]:
         return linker("aarch64", processor.architecture())
     except NoLinker as reason:
         cannot_emulate(reason.problem)
+
+
+@pytest.fixture(scope="session")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> FakeGpu:
+    """CUDA's driver and runtime without a GPU, whose kernels the processor computes."""
+    try:
+        return FakeGpu(tmp_path_factory.mktemp("fake_gpu"))
+    except CannotFake as reason:
+        pytest.skip(str(reason))
 
 
 def cannot_emulate(reason: str) -> NoReturn:

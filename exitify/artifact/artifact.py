@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
-from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, MaskTable, Profile
+from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, MaskTable, Profile, target_name
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, identity, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
@@ -52,6 +52,9 @@ NO_PROFILE = "none"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _TARGET_FILES = ("compiled.json", "library.so", "weights.safetensors")
+_KERNEL_FILES = ("kernels.cubin", "kernels.ptx")
+"""What a target with a GPU has besides: machine code for its architecture, and PTX for newer ones."""
+_MARK = re.compile(r"exitify kernels [0-9a-f]{64}")
 T = TypeVar("T")
 
 
@@ -61,7 +64,7 @@ def graph_path(segment: str, *, second: bool = False) -> str:
 
 
 def target_path(target: str, name: str) -> str:
-    """Where a target's `compiled.json`, `library.so` or `weights.safetensors` stands in the container."""
+    """Where a target's `compiled.json`, `library.so`, `weights.safetensors` or `kernels.cubin` stands in the container."""
     return f"targets/{target}/{name}"
 
 
@@ -106,17 +109,18 @@ class Artifact:
         paths = [path for path in self.files if path.startswith("targets/") and path.endswith("/compiled.json")]
         return {path.split("/")[1]: _read_record(Compiled, self.files[path], path) for path in paths}
 
-    def with_target(self, compiled: Compiled, library: bytes, weights: bytes) -> Artifact:
+    def with_target(self, compiled: Compiled, library: bytes, weights: bytes, kernels: tuple[bytes, bytes] | None = None) -> Artifact:
         """The same artifact with this library added, or put in place of the one for that target.
 
         Args:
             compiled: What must hold for it to be loaded. library: A shared object. weights: Its derived tensors, safetensors.
+            kernels: For a GPU, machine code and PTX.
 
         Raises:
-            MalformedManifest: the three do not fit each other. ExitifyError: the target's name cannot be a file's.
+            MalformedManifest: they do not fit each other. ExitifyError: the target's name cannot be a file's.
         """
         check_name("target", compiled.target)
-        parts = dict(zip(_TARGET_FILES, (dumps(compiled), library, weights)))
+        parts = dict(zip((*_TARGET_FILES, *_KERNEL_FILES), (dumps(compiled), library, weights, *(kernels or ()))))
         changed = build_artifact(self.manifest, {**self.files, **{target_path(compiled.target, name): data for name, data in parts.items()}})
         _check_targets(changed)
         return changed
@@ -266,7 +270,9 @@ def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
         if path not in manifest.files:
             raise ExtraFile(f"the artifact holds {path!r}, which its manifest does not list", "do not use this file")
         is_profile = path.startswith("profiles/") and path.endswith(".json") and path.count("/") == 1
-        is_compiled = path.startswith("targets/") and path.count("/") == 2 and path.endswith(tuple(f"/{name}" for name in _TARGET_FILES))
+        is_compiled = (
+            path.startswith("targets/") and path.count("/") == 2 and path.endswith(tuple(f"/{name}" for name in (*_TARGET_FILES, *_KERNEL_FILES)))
+        )
         if path not in allowed and path != MASKS_FILE and not is_profile and not is_compiled:
             raise ExtraFile(f"the artifact holds {path!r}, which format {FORMAT} does not know", "do not use this file")
     for path in allowed:
@@ -389,7 +395,7 @@ def _check_masks(artifact: Artifact) -> None:
 
 
 def _check_targets(artifact: Artifact) -> None:
-    """Each target has its three files, and they fit each other. Whether a library fits the model and the machine, its engine says."""
+    """Each target has its files, and they fit each other. Whether a library fits the model and the machine, its engine says."""
     folders = {path.split("/")[1] for path in artifact.files if path.startswith("targets/")}
     for name in sorted(folders):
         for file in _TARGET_FILES:
@@ -398,9 +404,15 @@ def _check_targets(artifact: Artifact) -> None:
     known = {segment.name for segment in artifact.plan.segments}
     for name, compiled in artifact.targets.items():
         _translate("a target", functools.partial(check_name, "target", name))
-        if compiled.target != name:
+        if compiled.target != name or target_name(compiled.board, on_gpu=compiled.gpu is not None, precision=compiled.precision) != name:
             raise MalformedManifest(f"the library for {name!r} says that it is for {compiled.target[:80]!r}", _AGAIN)
-        for word in (compiled.triple, compiled.cpu, *compiled.features, compiled.tvm, compiled.tvm_ffi):
+        for file in _KERNEL_FILES:
+            if (target_path(name, file) in artifact.files) != (compiled.gpu is not None):
+                raise MalformedManifest(f"the library for {name!r} has kernels for a GPU and names none, or the other way round", _AGAIN)
+        if compiled.gpu is not None and not _MARK.fullmatch(compiled.gpu.mark):
+            raise MalformedManifest(f"the library for {name!r} has the mark {compiled.gpu.mark[:80]!r}", _AGAIN)
+        gpu = () if compiled.gpu is None else (compiled.gpu.architecture, compiled.gpu.ptx, compiled.gpu.compiler)
+        for word in (compiled.triple, compiled.cpu, *compiled.features, *gpu, compiled.tvm, compiled.tvm_ffi):
             if not _WORD.fullmatch(word):  # they stand in messages, one of them in a command to copy
                 raise MalformedManifest(f"the library for {name!r} names {word[:80]!r} as a part of its machine or of TVM", _AGAIN)
         if not set(compiled.segments) <= known or (not compiled.left_to and set(compiled.segments) != known):

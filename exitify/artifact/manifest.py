@@ -9,7 +9,7 @@ from typing import Literal
 from exitify.errors import DataError
 from exitify.plan import FINAL, Plan
 
-FORMAT = 2
+FORMAT = 3
 """The version of the format that this release writes, and the only one it reads."""
 
 
@@ -212,6 +212,9 @@ class MaskTable:
     masks: Mapping[str, MaskMeasured]
 
 
+Precision = Literal["fp32", "fp16"]
+
+
 @dataclass(frozen=True)
 class CompiledSegment:
     """One segment in a library.
@@ -231,27 +234,53 @@ class CompiledSegment:
 
 
 @dataclass(frozen=True)
+class GpuKernels:
+    """The kernels beside a library for a GPU, `kernels.cubin` and `kernels.ptx`.
+
+    architecture: That the machine code is for, `sm_87`. ptx: Version of the PTX language, `8.5`.
+    compiler: CUDA version of what made both, `12.6`: the PTX needs a driver of this CUDA or newer, the machine code one of its major version.
+    mark: What the library holds in their place.
+    """
+
+    architecture: str
+    ptx: str
+    compiler: str
+    mark: str
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A library for one target and what must hold for it to be loaded.
 
-    target: The board's name. triple: LLVM's. cpu: LLVM's name of the processor.
+    target: Its name in the artifact: the board's, with `.gpu` for its GPU and `.fp16` for that precision. board: The board's name.
+    triple: LLVM's. cpu: LLVM's name of the processor.
     features: What the processor must have, by the operating system's names.
+    gpu: What runs on a GPU; None where all of it runs on the processor.
+    precision: Of weights and of values within segments; between segments all values are as the plan says.
     tvm: Version of apache-tvm. tvm_ffi: Version of apache-tvm-ffi. The library runs on this pair alone.
     segments: What was compiled, by the segment's name, which is its function's name in the library.
     left_to: What runs the segments that are not in the library: `onnxruntime`, or nothing.
     sources: sha256 of each source tensor that derived weights were computed from, by name.
-    tolerance: Most that a segment's error may be, by dtype.
+    tolerance: Most that a segment's error may be.
     trials: Candidates that were measured for its kernels.
     """
 
     target: str
+    board: str
     triple: str
     cpu: str
     features: tuple[str, ...]
+    gpu: GpuKernels | None
+    precision: Precision
     tvm: str
     tvm_ffi: str
     segments: Mapping[str, CompiledSegment]
     left_to: Literal["", "onnxruntime"]
     sources: Mapping[str, str]
-    tolerance: Mapping[str, float]
+    tolerance: float
     trials: int
+
+
+def target_name(board: str, *, on_gpu: bool, precision: Precision) -> str:
+    """What a library is called in an artifact: `orin-nano-8gb.gpu.fp16`."""
+    return board + (".gpu" if on_gpu else "") + (".fp16" if precision == "fp16" else "")

@@ -205,7 +205,11 @@ def calibrate(
 
 def compile(  # noqa: A001
     artifact: Annotated[Path, ARTIFACT],
-    target: Annotated[str, typer.Option(help="A board's name (`exitify targets`), host, or your own ./my-board.toml.")] = "host",
+    target: Annotated[str, typer.Option(help="A board's name (`exitify targets`), host, cuda, or your own ./my-board.toml.")] = "host",
+    device: Annotated[str | None, typer.Option(help="cpu, gpu or both; by default all that the board has.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or fp16: weights and values in float16, sums and scores in float32.")] = "fp32",
+    arch: Annotated[str, typer.Option(help="Of the target cuda's GPU, sm_90; by default that of the one here.")] = "",
+    jetpack: Annotated[str, typer.Option(help="Release on the board; by default its oldest, whose code newer ones load too.")] = "",
     output: Annotated[Path | None, OUTPUT] = None,
     trials: Annotated[int, typer.Option(min=0, help="Schedules to measure, over all kernels; what was measured before costs none.")] = 0,
     rpc: Annotated[str | None, typer.Option(help="Measure on a board: HOST:PORT/KEY of TVM's tracker.")] = None,
@@ -213,40 +217,55 @@ def compile(  # noqa: A001
     fallback: Annotated[str, typer.Option(help="onnxruntime: what TVM cannot take is left to it. By default it is refused.")] = "",
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Compile every segment for a target into one library; needs the artifact alone."""
+    """Compile every segment for a target into a library, one for its processor and one for its GPU; needs the artifact alone."""
     from exitify.artifact.artifact import Artifact, check_name
+    from exitify.artifact.manifest import target_name
     from exitify.lower.pipeline import compile_artifact
     from exitify.lower.processors import machine_of
     from exitify.lower.tuning.database import Database
     from exitify.lower.tuning.measure import RpcRunner, parse_rpc
-    from exitify.targets import load_target
+    from exitify.targets import ALIASES, load_target
 
     _require_place(output or artifact)
-    if fallback not in ("", "onnxruntime"):
-        raise ExitifyError(f"there is no fallback {fallback!r}", "there is onnxruntime")
+    _one_of("fallback", fallback, ("", "onnxruntime"))
+    _one_of("precision", precision, ("fp32", "fp16"))
+    _one_of("device", device or "both", ("cpu", "gpu", "both"))
     board = load_target(target)
     check_name("target", board.name)
-    opened = Artifact.open(artifact)
+    if target in ALIASES:
+        log.warning("%s is %s here: code is the same for every board of that family, tuning and power are not; name yours", target, board.name)
+    devices = {None: ["cpu", *(["gpu"] if board.gpu else [])], "both": ["cpu", "gpu"]}.get(device, [device])
+    if device is None and target == "cuda":
+        devices = ["gpu"]
+    compiled = Artifact.open(artifact)
     database = Database(db) if db else None
     runner = RpcRunner(machine_of(board), *parse_rpc(rpc)) if rpc else None
-    with show.progress_bar() as progress, show.tuning_bar() as report:
-        compiled = compile_artifact(
-            opened, board, trials=trials, database=database, runner=runner, fallback=fallback, progress=progress, report=report  # type: ignore[arg-type]
-        )  # fmt: skip
+    for on in devices:
+        with show.progress_bar() as progress, show.tuning_bar() as report:
+            compiled = compile_artifact(
+                compiled, board, device=on, precision=precision, architecture=arch if on == "gpu" else "", jetpack=jetpack, trials=trials,  # type: ignore[arg-type]
+                database=database, runner=runner, fallback=fallback, progress=progress, report=report,  # type: ignore[arg-type]
+            )  # fmt: skip
     compiled.save(output or artifact)
-    made = compiled.targets[board.name]
+    made = [compiled.targets[target_name(board.name, on_gpu=on == "gpu", precision=precision)] for on in devices]  # type: ignore[arg-type]
     if json:
-        show.as_json({"output": str(output or artifact), **vars(made)})
+        show.as_json({"output": str(output or artifact), "libraries": made})
         return
-    tables.compiled(compiled, made)
-    if board.gpu is not None:
-        print(f"It runs on the CPU of {board.name}; code for its GPU is not built yet.")
+    for library in made:
+        tables.compiled(compiled, library)
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE --engine tvm`")
-    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
-    compiling = show.call(
-        "exitify.compile_artifact", opening, f"exitify.targets.load_target({target!r})", trials=(trials, 0), fallback=(fallback, "")
-    )
-    show.python_call(f"{compiling}.save({str(output or artifact)!r})")
+    for on in devices:
+        opening = show.call("exitify.Artifact.open", repr(str(artifact if on == devices[0] else output or artifact)))
+        compiling = show.call(
+            "exitify.compile_artifact", opening, f"exitify.targets.load_target({target!r})", device=(on, "cpu"), precision=(precision, "fp32"),
+            architecture=(arch if on == "gpu" else "", ""), jetpack=(jetpack, ""), trials=(trials, 0), fallback=(fallback, ""),
+        )  # fmt: skip
+        show.python_call(f"{compiling}.save({str(output or artifact)!r})")
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ExitifyError(f"there is no {option} {value!r}", f"there are {', '.join(filter(None, known))}")
 
 
 def _require_place(output: Path) -> None:

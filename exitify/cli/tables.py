@@ -156,7 +156,12 @@ def compiled(artifact: Artifact, made: Compiled) -> None:
         found = made.segments.get(segment.name)
         rows.append((segment.name, millions(segment.cost.macs), "TVM" if found else made.left_to, f"{found.error:.1e}" if found else ""))
     tuned = f"; {made.trials} schedules measured" if made.trials else "; default schedules"
-    table(f"Library for {made.target} ({made.triple}, {made.cpu}){tuned}", ("segment", "multiply-adds", "runs on", "difference"), rows)
+    gpu = f"; {made.gpu.architecture} by CUDA {made.gpu.compiler}, PTX {made.gpu.ptx}" if made.gpu else ""
+    table(
+        f"Library for {made.target} ({made.triple}, {made.cpu}{gpu}), {made.precision}{tuned}",
+        ("segment", "multiply-adds", "runs on", "difference"),
+        rows,
+    )
 
 
 def targets(boards: Sequence[Target]) -> None:
@@ -164,6 +169,7 @@ def targets(boards: Sequence[Target]) -> None:
     rows = []
     for board in boards:
         gpu = f"{board.gpu.architecture}, {board.gpu.multiprocessors} SMs, {board.gpu.clock_mhz} MHz" if board.gpu else ""
+        gpu = board.gpu.architecture if board.gpu and not board.gpu.multiprocessors else gpu
         cores = f"{board.cpu.cores} x {board.cpu.name}" if board.cpu.cores else board.cpu.name
         memory = f"{board.memory_gib} GiB, {board.bandwidth_gb_s:g} GB/s" if board.memory_gib else ""
         rows.append((board.name, board.description, cores, gpu, memory, ", ".join(board.power_modes)))

@@ -19,6 +19,8 @@ from exitify.lower.vectors import Tile, Vectors
 
 PIXELS, ALONG, STRIDE = "exitify.pixels", "exitify.along", "exitify.stride"
 """The convolution's notes on its `Tile`, whose filters are the last size of the packed weight, and on the columns between two pixels."""
+HALF_TERMS = 64
+"""Most terms of a sum in float16."""
 OUT_ELEMENTWISE_FUSABLE = 4
 """TVM's OpPatternKind: element-wise operators behind it may join it."""
 
@@ -107,19 +109,35 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: T
             return data[n, i, x // shape.width, x % shape.width]
         return source[n, i, y, x]
 
-    i, ry, rx = (te.reduce_axis((0, size), name=name) for size, name in ((shape.channels, "i"), (kh, "ry"), (kw, "rx")))
-    sums = te.compute(
-        (images, weight.shape[0], rows, columns_computed, tile.filters),
-        lambda n, o, y, x, v: te.sum(pixel(n, i, y * sy + ry * dy, x * sx + rx * dx) * weight[o, i, ry, rx, v], axis=[i, ry, rx]),
-        name="convolution",
-        attrs={PIXELS: tile.pixels, ALONG: tile.along, STRIDE: sx},
-    )
+    several = channels_at_once(shape.channels, kh * kw) if data.dtype == "float16" else shape.channels
+    i, ry, rx = (te.reduce_axis((0, size), name=name) for size, name in ((several, "i"), (kh, "ry"), (kw, "rx")))
+    notes = {PIXELS: tile.pixels, ALONG: tile.along, STRIDE: sx}
+    computed = (images, weight.shape[0], rows, columns_computed, tile.filters)
+
+    def summed(at: tuple[Any, ...], first: Any) -> Any:
+        n, o, y, x, v = at
+        return te.sum(pixel(n, first + i, y * sy + ry * dy, x * sx + rx * dx) * weight[o, first + i, ry, rx, v], axis=[i, ry, rx])
+
+    if several == shape.channels and data.dtype == "float32":
+        sums = te.compute(computed, lambda *at: summed(at, 0), name="convolution", attrs=notes)
+    else:
+        part = te.reduce_axis((0, shape.channels // several), name="part")
+        parts = te.compute((*computed, shape.channels // several), lambda *at: summed(at[:-1], at[-1] * several), name="convolution", attrs=notes)
+        sums = te.compute(computed, lambda *at: te.sum(parts[(*at, part)].astype("float32"), axis=part), name="sum_of_parts")
 
     def unpacked(n: Any, o: Any, y: Any, x: Any) -> Any:
         row, column = (0, y * shape.out_width + x) if shape.is_pointwise else (y, x)
         return sums[n, o // tile.filters, row, column, o % tile.filters]
 
     return te.compute((images, shape.filters, shape.out_height, shape.out_width), unpacked, name="unpacked")
+
+
+def channels_at_once(channels: int, positions: int) -> int:
+    """How many input channels a sum in float16 goes over, before it is added to one in float32.
+
+    Of n terms such a sum is off by about the square root of n, times 2^-11 of a term's magnitude.
+    """
+    return max(n for n in range(1, channels + 1) if channels % n == 0 and (n == 1 or n * positions <= HALF_TERMS))
 
 
 def legalize(vectors: Vectors) -> Any:
@@ -135,7 +153,7 @@ def legalize(vectors: Vectors) -> Any:
         _, channels, height, width = (int(n) for n in data.ty.shape)
         array = weight.value.numpy()
         shape = Shape(channels, height, width, array.shape[0], array.shape[2:], stride, padding, dilation)  # type: ignore[arg-type]
-        tile = vectors.tile(shape.columns, shape.filters, stride[1])
+        tile = vectors.of(str(data.ty.dtype)).tile(shape.columns, shape.filters, stride[1])
         packed = relax.const(pack_weight(array, tile.filters))
 
         def compute(image: te.Tensor, kernel: te.Tensor) -> te.Tensor:

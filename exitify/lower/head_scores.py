@@ -55,30 +55,28 @@ def scores_of(logits: te.Tensor, temperature: te.Tensor) -> te.Tensor:
         logits: `(1, classes)`, float32. temperature: A scalar, float32.
     """
     classes = logits.shape[1]
-    largest_two = te.comm_reducer(
-        lambda a, b: (tirx.max(a[0], b[0]), tirx.max(tirx.min(a[0], b[0]), tirx.max(a[1], b[1]))),
-        lambda *dtypes: tuple(tirx.min_value(dtype) for dtype in dtypes),
-        name="largest_two",
-    )
-
-    def total(value: Any, name: str) -> te.Tensor:
-        k = te.reduce_axis((0, classes), name="k")
-        return te.compute((1,), lambda n: te.sum(value(n, k), axis=k), name=name)
-
     lowest = tirx.min_value(logits.dtype)
-    k = te.reduce_axis((0, classes), name="k")
+
+    def over_classes(reduce: Any, value: Any, name: str) -> te.Tensor:
+        k = te.reduce_axis((0, classes), name="k")
+        return te.compute((1,), lambda n: reduce(value(n, k), axis=k), name=name)
+
     scaled = te.compute((1, classes), lambda n, c: logits[n, c] / temperature[()], name="scaled")
-    first, second = te.compute((1,), lambda n: largest_two((scaled[n, k], lowest), axis=k), name="largest_two")
+    first = over_classes(te.max, lambda n, c: scaled[n, c], "first")
+    # The second largest is the largest of the others; where several are the largest, it is one of them. Sums and maxima alone, not one
+    # reduction of pairs, which GPUs' schedules do not know.
+    below = over_classes(te.max, lambda n, c: tirx.Select(scaled[n, c] < first[n], scaled[n, c], lowest), "below")
+    largest = over_classes(te.sum, lambda n, c: tirx.Select(scaled[n, c] < first[n], 0.0, 1.0), "largest")
     powers = te.compute((1, classes), lambda n, c: tirx.exp(scaled[n, c] - first[n]), name="powers")
-    norm = total(lambda n, c: powers[n, c], "norm")
+    norm = over_classes(te.sum, lambda n, c: powers[n, c], "norm")
     # With d = l - max and e = exp(d): p = e / Σe, and the entropy is log Σe - Σ(e d) / Σe; p² / Σp² is the same with 2 d.
-    spread = total(lambda n, c: powers[n, c] * (scaled[n, c] - first[n]), "spread")
-    norm2 = total(lambda n, c: powers[n, c] * powers[n, c], "norm2")
-    spread2 = total(lambda n, c: powers[n, c] * powers[n, c] * (scaled[n, c] - first[n]) * 2.0, "spread2")
+    spread = over_classes(te.sum, lambda n, c: powers[n, c] * (scaled[n, c] - first[n]), "spread")
+    norm2 = over_classes(te.sum, lambda n, c: powers[n, c] * powers[n, c], "norm2")
+    spread2 = over_classes(te.sum, lambda n, c: powers[n, c] * powers[n, c] * (scaled[n, c] - first[n]) * 2.0, "spread2")
 
     def score(n: tirx.Var, i: tirx.Var) -> tirx.PrimExpr:
         top1 = 1.0 / norm[n]
-        margin = (1.0 - tirx.exp(second[n] - first[n])) / norm[n]
+        margin = tirx.Select(largest[n] > 1.0, 0.0, (1.0 - tirx.exp(below[n] - first[n])) / norm[n])
         entropy = tirx.log(norm[n]) - spread[n] / norm[n]
         renyi = tirx.log(norm2[n]) - spread2[n] / norm2[n]
         return tirx.Select(i == 0, top1, tirx.Select(i == 1, entropy, tirx.Select(i == 2, margin, renyi)))

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tvm
@@ -19,12 +19,14 @@ from tvm.relax import transform
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from exitify.artifact.artifact import Artifact
+from exitify.artifact.manifest import Precision
 from exitify.errors import first_line
 from exitify.lower import convolution, linear
 from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.lift_constants import lift_constants
+from exitify.lower.precision import to_half
 from exitify.lower.processors import Machine
-from exitify.lower.schedules import default_schedule
+from exitify.lower.schedules import default_schedule, gpu
 from exitify.plan import Segment
 
 
@@ -47,10 +49,21 @@ class Kernels:
         return {var.name_hint: function for var, function in self.module.functions_items() if isinstance(function, tirx.PrimFunc)}
 
 
-def lower_segments(artifact: Artifact, segments: Sequence[Segment], machine: Machine, *, leave: bool = False) -> Kernels:
+class AnyMachine(Protocol):
+    """What kernels are lowered and built for: a `Machine`, or a `GpuMachine`."""
+
+    @property
+    def target(self) -> tvm.target.Target:
+        """TVM's target."""
+
+
+def lower_segments(
+    artifact: Artifact, segments: Sequence[Segment], machine: AnyMachine, *, precision: Precision = "fp32", leave: bool = False
+) -> Kernels:
     """Lower segments to kernels for a machine.
 
     Args:
+        precision: Of weights and of what is computed within a segment.
         leave: Whether a segment that TVM cannot take is left out.
 
     Raises:
@@ -61,10 +74,10 @@ def lower_segments(artifact: Artifact, segments: Sequence[Segment], machine: Mac
     second_weights: dict[str, tuple[NDArray[Any], ...]] = {}
     for segment in segments:
         try:
-            lowered = _fused(segment_module(artifact, segment), segment, machine)
+            lowered = _fused(segment_module(artifact, segment), segment, machine, precision)
             function, constants = lift_constants(lowered["main"])
             if segment.has_two_norm_sets:
-                second = _fused(segment_module(artifact, segment, second=True), segment, machine)
+                second = _fused(segment_module(artifact, segment, second=True), segment, machine, precision)
                 second_weights[segment.name] = _in_place_of(constants, lift_constants(second["main"])[1], segment)
         except NotLowered:
             if not leave:
@@ -85,12 +98,12 @@ def _in_place_of(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]], 
     return tuple(one if np.array_equal(one, other) else other for one, other in zip(first, second))
 
 
-def _fused(module: tvm.IRModule, segment: Segment, machine: Machine) -> tvm.IRModule:
+def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precision: Precision = "fp32") -> tvm.IRModule:
     """Operators to kernels; element-wise ones joined to what they follow."""
-    forms = {"relax.nn.conv2d": convolution.legalize(machine.vectors), "relax.matmul": linear.legalize(machine.vectors)}
+    forms = {}
+    if isinstance(machine, Machine):
+        forms = {"relax.nn.conv2d": convolution.legalize(machine.vectors), "relax.matmul": linear.legalize(machine.vectors)}
     passes = [
-        transform.FoldConstant(),
-        transform.DecomposeOpsForInference(),
         transform.LegalizeOps(forms),
         transform.FoldConstant(),
         transform.AnnotateTIROpPattern(),
@@ -100,7 +113,8 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: Machine) -> tvm.IRMo
     ]
     try:
         with machine.target:
-            fused = tvm.transform.Sequential(passes)(module)
+            module = tvm.transform.Sequential([transform.FoldConstant(), transform.DecomposeOpsForInference(), transform.FoldConstant()])(module)
+            fused = tvm.transform.Sequential(passes)(to_half(module) if precision == "fp16" else module)
     except Exception as error:
         raise not_lowered(segment, first_line(error)) from error
     left: list[str] = []
@@ -131,12 +145,14 @@ class _Calling(PyExprMutator):  # type: ignore[misc]
         return self.known[var.name_hint]
 
 
-def scheduled_by_default(kernels: Kernels, machine: Machine) -> dict[str, tirx.PrimFunc]:
+def scheduled_by_default(kernels: Kernels, machine: AnyMachine) -> dict[str, tirx.PrimFunc]:
     """Each kernel by the default schedule of its kind."""
-    return {name: default_schedule(kernel, machine.vectors).mod["main"] for name, kernel in kernels.kernels.items()}
+    if isinstance(machine, Machine):
+        return {name: default_schedule(kernel, machine.vectors).mod["main"] for name, kernel in kernels.kernels.items()}
+    return {name: gpu.default_schedule(kernel, machine.target) for name, kernel in kernels.kernels.items()}
 
 
-def build(kernels: Kernels, scheduled: Mapping[str, tirx.PrimFunc], machine: Machine) -> relax.VMExecutable:
+def build(kernels: Kernels, scheduled: Mapping[str, tirx.PrimFunc], machine: AnyMachine) -> relax.VMExecutable:
     """Compile functions and scheduled kernels for the machine."""
     module = tvm.IRModule(dict(kernels.module.functions_items()))
     for name, kernel in scheduled.items():

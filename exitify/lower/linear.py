@@ -27,14 +27,18 @@ def pack_matrix(weight: NDArray[Any], block: int) -> NDArray[Any]:
 
 
 def packed_product(data: te.Tensor, weight: te.Tensor, columns: int, tile_rows: int) -> te.Tensor:
-    """Return `(..., K)` times a packed weight as `(..., O)`; rows are computed for whole tiles, the last row repeated."""
+    """Return `(..., K)` times a packed weight as `(..., O)`, summed in float32; rows are computed for whole tiles, the last row repeated."""
     *lead, depth = (int(size) for size in data.shape)
     rows = math.prod(lead)
     block = int(weight.shape[-1])
     k = te.reduce_axis((0, depth), name="k")
+
+    def term(o: Any, m: Any, v: Any) -> Any:
+        return data[(*_unravel(tirx.min(m, rows - 1), lead), k)].astype("float32") * weight[o, k, v].astype("float32")
+
     sums = te.compute(
         (weight.shape[0], -(-rows // tile_rows) * tile_rows, block),
-        lambda o, m, v: te.sum(data[(*_unravel(tirx.min(m, rows - 1), lead), k)] * weight[o, k, v], axis=k),
+        lambda o, m, v: te.sum(term(o, m, v), axis=k),
         name="product",
         attrs={ROWS: tile_rows},
     )

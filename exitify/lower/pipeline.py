@@ -7,15 +7,17 @@ import importlib.metadata
 from typing import Any, Literal
 
 from numpy.typing import NDArray
-from tvm import tirx
+from tvm import relax, tirx
 
 from exitify.artifact.artifact import Artifact, check_name
-from exitify.artifact.manifest import Compiled, CompiledSegment
+from exitify.artifact.manifest import Compiled, CompiledSegment, GpuKernels, Precision, target_name
 from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import EngineError, ExitifyError
+from exitify.lower.graphics import GpuMachine, build_for_gpu, gpu_machine_of
 from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_default, shared_object, silent_stderr
 from exitify.lower.linking import link_with, linker
+from exitify.lower.nvrtc import compiler_for
 from exitify.lower.processors import Machine, machine_of
 from exitify.lower.tuning.database import Database, default_folder
 from exitify.lower.tuning.measure import LocalRunner, Runner
@@ -24,16 +26,23 @@ from exitify.lower.tuning.space import apply
 from exitify.lower.tuning.tasks import task_key, tasks_of
 from exitify.lower.verify import segment_errors
 from exitify.progress import Progress, silent
-from exitify.targets import Target, load_target, processor
+from exitify.runtime.engines.cuda import NoGpu, gpu_at_hand
+from exitify.targets import Target, TargetError, load_jetpack, load_target, processor
 
-TOLERANCE = {"float32": 1e-4}
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2}
 """Most that a segment's output may differ from the reference, as a share of its magnitude."""
+
+Device = Literal["cpu", "gpu"]
 
 
 def compile_artifact(
     artifact: Artifact,
     target: Target,
     *,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    architecture: str = "",
+    jetpack: str = "",
     trials: int = 0,
     database: Database | None = None,
     runner: Runner | None = None,
@@ -45,6 +54,10 @@ def compile_artifact(
 
     Args:
         target: The board.
+        device: Its processor or its GPU.
+        precision: `fp16` keeps weights and what is computed within a segment in float16, sums and scores in float32.
+        architecture: Of the GPU, `sm_90`, where the target is whatever GPU there is.
+        jetpack: Release on the board whose driver loads the GPU's kernels; by default the board's oldest, whose code newer ones load too.
         trials: Candidates to measure over all kernels; those that a search of this budget has been through cost none.
         database: What was measured before, and where to add to; without one and without trials, default schedules.
         runner: Where to measure; by default a process on this machine, if that is the target.
@@ -52,14 +65,17 @@ def compile_artifact(
         progress: Told of each step. report: Told of each trial.
 
     Raises:
-        NotLowered: TVM cannot take a segment. TargetError, NoLinker: there is no way to make code for the target.
+        NotLowered: TVM cannot take a segment. TargetError, NoLinker, NoCompiler: there is no way to make code for the target.
         EngineError: a compiled segment differs from the reference by more than `TOLERANCE`.
     """
-    check_name("target", target.name)
-    machine = machine_of(target)
+    name = target_name(target.name, on_gpu=device == "gpu", precision=precision)
+    check_name("target", name)
+    machine = machine_of(target) if device == "cpu" else gpu_machine_of(target, architecture)
+    host = machine if isinstance(machine, Machine) else machine.host
     if trials and runner is None and not machine.is_here:
         raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
-    command = linker(machine.triple.split("-")[0], processor.architecture())
+    command = linker(host.triple.split("-")[0], processor.architecture())
+    compiler = compiler_for(driver_of(target, jetpack)) if device == "gpu" else None
     steps = ("lowering", "compiling", "linking", "checking")
 
     def begin(step: str) -> None:
@@ -67,30 +83,38 @@ def compile_artifact(
 
     begin("lowering")
     with silent_stderr():
-        kernels = lower_segments(artifact, artifact.plan.segments, machine, leave=bool(fallback))
+        kernels = lower_segments(artifact, artifact.plan.segments, machine, precision=precision, leave=bool(fallback))
     scheduled, measured = _schedules(kernels, machine, trials, database, runner, report or unheard)
     begin("compiling")
-    executable = build(kernels, scheduled, machine)
+    made, code = None, None
+    if isinstance(machine, GpuMachine):
+        assert compiler is not None
+        executable, mark, code = build_for_gpu(kernels, scheduled, machine, compiler)
+        made = GpuKernels(machine.architecture, code.ptx_version, code.compiler, mark)
+    else:
+        executable = build(kernels, scheduled, machine)
     begin("linking")
     library = shared_object(executable, link_with(command))
     begin("checking")
-    here = machine if machine.is_here else _stand_in(machine)
-    checked = executable if machine.is_here else build(kernels, scheduled, here)
+    checked = executable if device == "cpu" and machine.is_here else _stand_in(kernels, machine)
     errors: dict[str, float] = {}
-    for name, error in segment_errors(artifact, kernels, checked):
-        if not error <= TOLERANCE["float32"]:
+    for segment, error in segment_errors(artifact, kernels, checked):
+        if not error <= TOLERANCE[precision]:
             raise EngineError(
-                f"the compiled segment {name!r} differs from the reference by {error:.2g} of its magnitude, more than {TOLERANCE['float32']:g}",
-                "report this with the model",
+                f"the compiled segment {segment!r} differs from the reference by {error:.2g} of its magnitude, more than {TOLERANCE[precision]:g}",
+                "report this with the model" if precision == "fp32" else "compile it with --precision fp32",
             )
-        errors[name] = max(error, errors.get(name, 0.0))
+        errors[segment] = max(error, errors.get(segment, 0.0))
     progress("checking", len(steps), len(steps))
     first, second, weights = _named(kernels)
     compiled = Compiled(
-        target=target.name,
-        triple=machine.triple,
-        cpu=machine.cpu,
-        features=machine.features,
+        target=name,
+        board=target.name,
+        triple=host.triple,
+        cpu=host.cpu,
+        features=host.features,
+        gpu=made,
+        precision=precision,
         tvm=importlib.metadata.version("apache-tvm"),
         tvm_ffi=importlib.metadata.version("apache-tvm-ffi"),
         segments={
@@ -99,10 +123,29 @@ def compile_artifact(
         },
         left_to=fallback if len(kernels.weights) < len(artifact.plan.segments) else "",
         sources=source_hashes(artifact, kernels.weights),
-        tolerance=TOLERANCE,
+        tolerance=TOLERANCE[precision],
         trials=measured,
     )
-    return artifact.with_target(compiled, library, write_tensors(weights))
+    return artifact.with_target(compiled, library, write_tensors(weights), (code.cubin, code.ptx) if code is not None else None)
+
+
+def driver_of(target: Target, jetpack: str = "") -> str:
+    """The CUDA version of the driver that will load a target's kernels; empty where that is not known.
+
+    Raises:
+        TargetError: the board does not run that JetPack, or there is none of that name.
+    """
+    if target.jetpacks:
+        if jetpack and jetpack not in target.jetpacks:
+            load_jetpack(jetpack)
+            raise TargetError(f"the target {target.name!r} does not run JetPack {jetpack}", f"it runs {', '.join(target.jetpacks)}")
+        return load_jetpack(jetpack or target.jetpacks[0]).cuda
+    if jetpack:
+        raise TargetError(f"the target {target.name!r} is no board with JetPack", "leave --jetpack out")
+    try:
+        return gpu_at_hand().driver
+    except NoGpu:
+        return ""
 
 
 def _named(kernels: Kernels) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]], dict[str, NDArray[Any]]]:
@@ -121,11 +164,11 @@ def _named(kernels: Kernels) -> tuple[dict[str, tuple[str, ...]], dict[str, tupl
 
 
 def _schedules(
-    kernels: Kernels, machine: Machine, trials: int, database: Database | None, runner: Runner | None, report: Report
+    kernels: Kernels, machine: Machine | GpuMachine, trials: int, database: Database | None, runner: Runner | None, report: Report
 ) -> tuple[dict[str, tirx.PrimFunc], int]:
     """Each kernel by what was chosen for it, else by default; and how many candidates were measured for them."""
     scheduled = scheduled_by_default(kernels, machine)
-    if database is None and not trials:
+    if (database is None and not trials) or isinstance(machine, GpuMachine):
         return scheduled, 0
     database = database or Database(default_folder())
     tasks = tasks_of(kernels, machine)
@@ -144,7 +187,9 @@ def _schedules(
     return scheduled, sum(found.trials for found in known.values())
 
 
-def _stand_in(machine: Machine) -> Machine:
-    """The machine at hand, in the place of one that cannot be run here: the same kernels, by the same schedules."""
+def _stand_in(kernels: Kernels, machine: Machine | GpuMachine) -> relax.VMExecutable:
+    """Kernels for a machine that is not here, built for the one at hand: by the same schedules, if it is a processor too."""
     here = machine_of(load_target("host"))
-    return Machine(here.triple, here.cpu, here.attributes, here.features, here.cores, machine.vectors, here.tuned_on)
+    if isinstance(machine, Machine):
+        here = Machine(here.triple, here.cpu, here.attributes, here.features, here.cores, machine.vectors, here.tuned_on)
+    return build(kernels, scheduled_by_default(kernels, here), here)

@@ -30,6 +30,10 @@ class Vectors:
     lanes: int
     registers: int
 
+    def of(self, dtype: str) -> Vectors:
+        """The same registers with values of another type. A sum in float16 takes three: its own, and two for the float32 that it is added to."""
+        return Vectors(2 * self.lanes, (self.registers - 6) // 3 + 4) if dtype == "float16" else self
+
     @property
     def accumulators(self) -> int:
         """Most registers that a tile takes: with more LLVM spills (28 of 32 halved the speed, docs/measurements.md)."""

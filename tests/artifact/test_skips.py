@@ -227,8 +227,9 @@ def test_second_weights_that_do_not_fit_are_refused(artifact, name, count):
         for s in artifact.plan.segments
     }
     made = Compiled(
-        "host", "x86_64-linux-gnu", "x86-64-v3", ("avx2",), "0.27.0", "0.1.14", segments, "", source_hashes(artifact, segments), {"float32": 1e-4}, 0
-    )
+        "host", "host", "x86_64-linux-gnu", "x86-64-v3", ("avx2",), None, "fp32", "0.27.0", "0.1.14", segments, "",
+        source_hashes(artifact, segments), 1e-4, 0,
+    )  # fmt: skip
     weights = write_tensors({f"{name}.0": np.zeros(3, np.float32) for name in segments})
     assert reopened(artifact.with_target(made, b"library", weights)).targets == {"host": made}
     wrong = replace(made, segments={**segments, name: replace(segments[name], second_weights=(f"{name}.0",) * count)})

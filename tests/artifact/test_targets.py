@@ -26,7 +26,7 @@ from exitify.artifact.artifact import (
     parse_artifact,
     target_path,
 )
-from exitify.artifact.manifest import Compiled, CompiledSegment
+from exitify.artifact.manifest import Compiled, CompiledSegment, GpuKernels, target_name
 from exitify.artifact.sources import source_hashes
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import AlteredFile, ArtifactError, ExitifyError, MalformedManifest
@@ -37,10 +37,11 @@ from tests.artifacts import exported, profile_for
 
 LIBRARY = b"\x7fELF, as far as anyone looks"
 FILES = "a target has compiled.json, library.so and weights.safetensors"
-NAMED = "a target's name is one that it can have, and its compiled.json says the same"
+NAMED = "a target's name is one that it can have, and its compiled.json says the same, with that board, device and precision"
+KERNELS = "a target has kernels.cubin and kernels.ptx where its compiled.json describes a GPU, and only there"
 SEGMENTS = "a library's segments are the plan's, all of them unless left_to says what runs the others"
 WEIGHTS = "a target's weights.safetensors holds each tensor that its segments take, each taken by one of them, and no other"
-WORDS = "triple, cpu, features and versions have 1 to 64 letters, digits, `_`, `.`, `+` and `-`"
+WORDS = "triple, cpu, features, architecture and versions have 1 to 64 letters, digits, `_`, `.`, `+` and `-`, and the mark its form"
 KNOWN = "every file there is one that this format knows"
 
 
@@ -50,8 +51,8 @@ def record(artifact: Artifact, target: str = "host", **changes: object) -> Compi
         s.name: CompiledSegment(artifact.manifest.files[graph_path(s.name)].sha256, "", (f"{s.name}.0",), (), 1e-6) for s in artifact.plan.segments
     }
     made = Compiled(
-        target, "x86_64-linux-gnu", "x86-64-v3", ("avx2", "fma"), "0.27.0", "0.1.14", segments, "",
-        source_hashes(artifact, segments), {"float32": 1e-4}, 0,
+        target, target.split(".")[0], "x86_64-linux-gnu", "x86-64-v3", ("avx2", "fma"), None, "fp32", "0.27.0", "0.1.14", segments, "",
+        source_hashes(artifact, segments), 1e-4, 0,
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -64,7 +65,11 @@ def derived(compiled: Compiled) -> bytes:
 
 def with_library(artifact: Artifact, target: str = "host", library: bytes = LIBRARY, **changes: object) -> Artifact:
     compiled = record(artifact, target, **changes)
-    return artifact.with_target(compiled, library, derived(compiled))
+    return artifact.with_target(compiled, library, derived(compiled), (b"cubin", b"ptx") if compiled.gpu else None)
+
+
+GPU = GpuKernels("sm_87", "8.5", "12.6", "exitify kernels " + "0" * 64)
+ON_GPU = "board.gpu"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,18 @@ print(*opened.targets, len(opened.targets["host"].segments))
     assert done.stdout.split() == ["host", str(len(artifact.plan.segments))]
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "precision", "name"),
+    [(False, "fp32", "board"), (True, "fp32", "board.gpu"), (False, "fp16", "board.fp16"), (True, "fp16", "board.gpu.fp16")],
+)
+def test_libraries_of_one_board_stand_side_by_side_under_names_that_say_what_they_are(artifact: Artifact, on_gpu, precision, name) -> None:
+    assert target_name("board", on_gpu=on_gpu, precision=precision) == name
+    both = reopened(with_library(artifact, name, gpu=GPU if on_gpu else None, precision=precision))
+    assert list(both.targets) == ["host", name]
+    assert (both.targets[name].board, both.targets[name].gpu) == ("board", GPU if on_gpu else None)
+    assert (target_path(name, "kernels.cubin") in both.files) == on_gpu
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +194,7 @@ def test_a_target_without_one_of_its_files_is_refused(artifact: Artifact, name: 
     "path", ["targets/host/evil.so", "targets/library.so", "targets/host/deep/library.so", "targets/host/library.so.1", "target/host/library.so"]
 )
 def test_another_file_among_the_targets_is_refused(artifact: Artifact, path: str) -> None:
-    with refused(KNOWN, match=f"holds '{path}', which format 2 does not know"):
+    with refused(KNOWN, match=f"holds '{path}', which format 3 does not know"):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: LIBRARY}))
 
 
@@ -201,7 +218,9 @@ def test_an_altered_library_is_refused(artifact: Artifact) -> None:
         (lambda d: d["segments"]["trunk_exit1"].update(error="small"), r"\.segments\.trunk_exit1\.error is 'small', not a finite number"),
         (lambda d: d["segments"]["trunk_exit1"].pop("graph"), r"\.segments\.trunk_exit1 lacks the field 'graph'"),
         (lambda d: d["segments"]["trunk_exit1"].update(weights=[1]), r"\.segments\.trunk_exit1\.weights\[0\] is 1, not a string"),
-        (lambda d: d["tolerance"].update(float32=None), r"\.tolerance\.float32 is None, not a finite number"),
+        (lambda d: d.update(tolerance=None), r"\.tolerance is None, not a finite number"),
+        (lambda d: d.update(precision="int8"), r"\.precision is 'int8', not one of fp32, fp16"),
+        (lambda d: d.update(gpu={"architecture": "sm_87"}), r"\.gpu lacks the field 'ptx'"),
     ],
 )
 def test_a_record_with_other_fields_or_types_is_refused(artifact: Artifact, edit: Callable[[Any], object], message: str) -> None:
@@ -244,6 +263,33 @@ def test_a_library_in_another_targets_folder_is_refused(artifact: Artifact) -> N
     moved = {path.replace("/host/", "/board/"): data for path, data in artifact.files.items()}
     with refused(NAMED, match="the library for 'board' says that it is for 'host'"):
         reopened(build_artifact(artifact.manifest, moved))
+
+
+@pytest.mark.parametrize("name", ["board", "board.fp16", "host.gpu"])
+def test_a_name_that_says_something_else_than_the_record_is_refused(artifact: Artifact, name: str) -> None:
+    with refused(NAMED, match="the library for .* says that it is for"):
+        with_library(artifact, name, board="board", gpu=GPU)
+
+
+@pytest.mark.parametrize("file", ["kernels.cubin", "kernels.ptx"])
+def test_kernels_for_a_gpu_are_there_where_the_record_says_so_and_only_there(artifact: Artifact, file: str) -> None:
+    on_gpu = with_library(artifact, ON_GPU, gpu=GPU)
+    without = {path: data for path, data in on_gpu.files.items() if path != target_path(ON_GPU, file)}
+    for files in (without, {**artifact.files, target_path("host", file): b"more"}):
+        with refused(KERNELS, match="has kernels for a GPU and names none, or the other way round"):
+            reopened(build_artifact(artifact.manifest, files))
+
+
+@pytest.mark.parametrize("change", [{"architecture": "sm 87"}, {"ptx": "8.5; reboot"}, {"compiler": ""}])
+def test_words_about_a_gpu_that_could_do_something_in_a_message_are_refused(plain: Artifact, change: dict[str, str]) -> None:
+    with refused(WORDS, match="as a part of its machine or of TVM"):
+        with_library(plain, ON_GPU, gpu=replace(GPU, **change))
+
+
+@pytest.mark.parametrize("mark", ["", "exitify kernels", "exitify kernels " + "g" * 64, "#include </etc/passwd>"])
+def test_a_mark_of_another_form_is_refused(plain: Artifact, mark: str) -> None:
+    with refused(WORDS, match="has the mark"):
+        with_library(plain, ON_GPU, gpu=replace(GPU, mark=mark))
 
 
 @pytest.mark.parametrize("field", ["triple", "cpu", "features", "tvm", "tvm_ffi"])
@@ -323,5 +369,7 @@ def test_the_fields_of_a_record_are_in_the_specification(artifact: Artifact) -> 
         assert f"| `{field}` |" in section, field
     for field in document["segments"]["trunk_exit1"]:
         assert f"| `segments.<name>.{field}` |" in section, field
-    for name in ("compiled.json", "library.so", "weights.safetensors"):
+    for field in GpuKernels.__dataclass_fields__:
+        assert f"| `gpu.{field}` |" in section, field
+    for name in ("compiled.json", "library.so", "weights.safetensors", "kernels.cubin", "kernels.ptx"):
         assert name in text[: text.index("## Container")]

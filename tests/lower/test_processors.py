@@ -15,8 +15,12 @@ V2, V3, V4 = (processor.x86_level_features(f"x86-64-v{n}") for n in (2, 3, 4))
 ORIN = Machine("aarch64-linux-gnu", "cortex-a78ae", ("+neon", "+fullfp16", "+dotprod"), ("asimd", "asimddp", "asimdhp"), 0, Vectors(4, 32), "")
 MACHINES = {
     "aarch64-cpu": Machine("aarch64-linux-gnu", "generic", ("+neon",), ("asimd",), 4, Vectors(4, 32), "aarch64-cpu"),
-    "jetson-agx-orin-64gb": replace(ORIN, cores=12, tuned_on="jetson-agx-orin-64gb"),
-    "jetson-orin-nano-8gb": replace(ORIN, cores=6, tuned_on="jetson-orin-nano-8gb"),
+    "agx-orin-64gb": replace(ORIN, cores=12, tuned_on="agx-orin-64gb"),
+    "agx-orin-32gb": replace(ORIN, cores=8, tuned_on="agx-orin-32gb"),
+    "orin-nx-16gb": replace(ORIN, cores=8, tuned_on="orin-nx-16gb"),
+    "orin-nx-8gb": replace(ORIN, cores=6, tuned_on="orin-nx-8gb"),
+    "orin-nano-8gb": replace(ORIN, cores=6, tuned_on="orin-nano-8gb"),
+    "orin-nano-4gb": replace(ORIN, cores=6, tuned_on="orin-nano-4gb"),
 }
 
 
@@ -43,7 +47,7 @@ def test_a_boards_processor_is_what_its_file_says(name):
 
 
 def test_every_target_is_tested_here():
-    assert {*MACHINES, "host"} == set(target_names())
+    assert {*MACHINES, "host", "cuda"} == set(target_names())
 
 
 @pytest.mark.parametrize("name", target_names())
@@ -82,7 +86,7 @@ def test_an_arm_machine_at_hand_is_asked_what_it_can_do(pretend):
 
 
 def test_a_board_is_here_where_its_architecture_and_all_its_features_are(pretend):
-    orin = machine_of(load_target("jetson-agx-orin-64gb"))
+    orin = machine_of(load_target("agx-orin-64gb"))
     pretend("aarch64", "asimd", "asimdhp", "asimddp", "fphp")
     assert orin.is_here
     pretend("aarch64", "asimd", "asimdhp")

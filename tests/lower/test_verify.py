@@ -60,7 +60,7 @@ def test_a_wrong_weight_is_found_in_its_segment_alone(change):
     artifact, kernels, executable = built()
     for segment in ("trunk_exit1", "head_exit1", "trunk_final"):
         errors = dict(segment_errors(artifact, with_weights(kernels, segment, change), executable))
-        assert [name for name, error in errors.items() if not error <= TOLERANCE["float32"]] == [segment]
+        assert [name for name, error in errors.items() if not error <= TOLERANCE["fp32"]] == [segment]
 
 
 def test_one_output_that_is_no_number_is_found_whichever_it_is(monkeypatch):

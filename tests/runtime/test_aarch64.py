@@ -22,7 +22,7 @@ from tests.cli.console import exitify
 from tests.compiled import HOST, compiled, thresholds
 from tests.emulator import OLDER, EmulatedPython
 
-GENERIC, BOARD = "aarch64-cpu", "jetson-agx-orin-64gb"
+GENERIC, BOARD = "aarch64-cpu", "agx-orin-64gb"
 NAMES = ("identity", "depthwise")
 COUNT = 12
 

@@ -270,7 +270,9 @@ def test_several_other_weights_are_counted() -> None:
 def test_without_a_name_the_first_library_that_fits_is_taken() -> None:
     artifact = compiled("identity")
     library, derived = bytes(artifact.files[LIBRARY]), bytes(artifact.files[DERIVED])
-    foreign = exported("identity")[1].with_target(replace(artifact.targets[HOST], target="board", triple="riscv64-linux-gnu"), library, derived)
+    foreign = exported("identity")[1].with_target(
+        replace(artifact.targets[HOST], target="board", board="board", triple="riscv64-linux-gnu"), library, derived
+    )
     both = foreign.with_target(artifact.targets[HOST], library, derived)
     assert list(both.targets) == ["board", HOST]
     session = Session(both, engine="tvm")

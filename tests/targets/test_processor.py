@@ -141,6 +141,6 @@ def test_an_arm_target_asks_for_nothing_that_only_some_have() -> None:
 
 
 def test_the_orins_target_names_its_core_and_its_arithmetic() -> None:
-    for name in ("jetson-agx-orin-64gb", "jetson-orin-nano-8gb"):
+    for name in ("agx-orin-64gb", "orin-nano-8gb"):
         cpu = load_target(name).cpu
         assert (cpu.triple, cpu.name, set(cpu.features)) == ("aarch64-linux-gnu", "cortex-a78ae", {"neon", "fullfp16", "dotprod"})

@@ -38,7 +38,8 @@ def choices(func: tirx.PrimFunc, vectors: Vectors) -> list[Choice]:
     if "convolution" not in blocks:
         return []
     notes = sch.get(blocks["convolution"]).annotations
-    _, _, rows, columns, filters, _, height, width = (extent(sch, loop) for loop in sch.get_loops(blocks["convolution"]))
+    _, _, rows, columns, filters, *_, height, width = (extent(sch, loop) for loop in sch.get_loops(blocks["convolution"]))
+    vectors = vectors.of("float16") if "sum_of_parts" in blocks else vectors
     default = Choice(int(notes[PIXELS]), "pixels" if notes[ALONG] == "pixels" else "filters")
     tiles: list[tuple[int, Literal["pixels", "filters"]]] = []
     for pixels in (n for n in range(1, columns + 1) if columns % n == 0 and n * filters <= (vectors.registers - 4) * vectors.lanes):
@@ -64,34 +65,51 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors, choice: Choice | None = None
     choice = choice or choices(func, vectors)[0]
     names = list(blocks)
     convolution, epilogue = blocks["convolution"], blocks[names[-1]]
+    is_half = "sum_of_parts" in names
+    total = blocks["sum_of_parts"] if is_half else convolution
+    vectors = vectors.of("float16") if is_half else vectors
     for name in names:
-        if name not in ("padded", "convolution", names[-1]):
+        if name not in ("padded", "convolution", "sum_of_parts", names[-1]):
             sch.compute_inline(blocks[name])
-    _, _, computed_rows, _, filters, *_ = (extent(sch, loop) for loop in sch.get_loops(convolution))
+    _, _, computed_rows, _, filters, *_ = (extent(sch, loop) for loop in sch.get_loops(total))
     _, _, rows, columns = (extent(sch, loop) for loop in sch.get_loops(epilogue))
     if computed_rows != rows:  # pointwise: all pixels in one row
         sch.transform_block_layout(epilogue, lambda n, o, y, x: (n, o, y * columns + x))
     along_pixels = choice.along == "pixels"
     # Along filters the layout stays, and what the epilogue reads is simplified: p // columns * columns + p % columns is p.
-    sch.transform_layout(convolution, ("write", 0), lambda n, o, y, x, v: (n, o, y, v, x) if along_pixels else (n, o, y, x, v))
+    sch.transform_layout(total, ("write", 0), lambda n, o, y, x, v: (n, o, y, v, x) if along_pixels else (n, o, y, x, v))
+    if is_half:
+        sch.transform_layout(convolution, ("write", 0), lambda n, o, y, x, v, p: (p, n, o, y, v, x) if along_pixels else (p, n, o, y, x, v))
     n, o, *y, x = sch.get_loops(epilogue)
     block, channel = sch.split(o, [None, filters])
     strip, pixel = sch.split(x, [None, choice.pixels])
     walked = [block, *y] if choice.first == "rows" else [*y, block]
     sch.reorder(n, *walked, strip, channel, pixel)
-    sch.compute_at(convolution, strip, preserve_unit_loops=True)
+    sch.compute_at(total, strip, preserve_unit_loops=True)
     sch.parallel(sch.fuse(n, *walked))
-    *_, column, lane, i, ry, rx = sch.get_loops(convolution)
+    if is_half:
+        *_, column, lane, part = sch.get_loops(total)
+        sch.reorder(part, *([lane, column] if along_pixels else [column, lane]))
+        sch.compute_at(convolution, part, preserve_unit_loops=True)
+        *_, column, lane, _, i, ry, rx = sch.get_loops(convolution)
+    else:
+        *_, column, lane, i, ry, rx = sch.get_loops(convolution)
     sums = [i, ry, rx] if choice.channels == "outside" else [ry, rx, i]
-    tile = [lane, column] if choice.along == "pixels" else [column, lane]
+    tile = [lane, column] if along_pixels else [column, lane]
     sch.reorder(*sums, *tile)
     for loop in (ry, rx)[2 - choice.unrolled :]:
         sch.unroll(loop)
     *_, outer, inner = sch.get_loops(convolution)
     for loops in ((outer, inner), (channel, pixel)):
         _in_registers(sch, *loops, vectors)
-    *_, outer, inner = sch.get_loops(sch.decompose_reduction(convolution, sums[0]))
-    _in_registers(sch, outer, inner, vectors)
+    begins = [sch.decompose_reduction(convolution, sums[0])]
+    if is_half:
+        *_, outer, inner = sch.get_loops(total)
+        _in_registers(sch, outer, inner, vectors)
+        begins.append(sch.decompose_reduction(total, part))
+    for begin in begins:
+        *_, outer, inner = sch.get_loops(begin)
+        _in_registers(sch, outer, inner, vectors)
     if "padded" in names:
         parallel_rows(sch, blocks["padded"], vectors)
     return sch

@@ -9,12 +9,13 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.errors import EngineError, LibraryRefused, first_line
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines.base import Array, Bound, Engine, Parameters, Runner
+from exitify.runtime.engines.cuda import NoGpu, gpu_at_hand, load_sidecar, offer_kernels
 from exitify.runtime.engines.elf import architecture_of
 from exitify.targets import processor
 
@@ -36,6 +38,8 @@ import tvm_ffi
 
 if TYPE_CHECKING:
     from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 """What compiled code takes for granted of an array's address; nothing checks it."""
@@ -69,16 +73,19 @@ class TvmEngine(Engine):
         """Load the library for a target.
 
         Args:
-            target: Its name; empty for the only one, or the first that fits this machine.
+            target: Its name; empty for the only one, or the first that fits this machine, those for GPUs before others.
 
         Raises:
             LibraryRefused: there is none, or it does not fit the artifact, this machine or this TVM.
         """
         super().__init__(artifact, threads)
         self.compiled = _choose(artifact, target)
-        self._new_machine = _load(bytes(artifact.files[target_path(self.compiled.target, "library.so")]))
+        if self.compiled.gpu is not None:
+            offer_kernels(self.compiled.gpu.mark, _kernels(artifact, self.compiled))
+        self.device: _Device = _Processor() if self.compiled.gpu is None else _Gpu()
+        self._new_machine = _load(bytes(artifact.files[target_path(self.compiled.target, "library.so")]), self.device)
         weights = artifact.tensors(target_path(self.compiled.target, "weights.safetensors"))
-        self._weights = {name: _tensor(array) for name, array in weights.items()}
+        self._weights = {name: self.device.place(array) for name, array in weights.items()}
         self._others = None
         if any(segment.name not in self.compiled.segments for segment in artifact.plan.segments):
             from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -114,7 +121,7 @@ class TvmEngine(Engine):
         compiled = self.compiled.segments.get(segment.name)
         if compiled is None:
             assert self._others is not None
-            return _on_onnxruntime(self._others, segment, is_second=is_second)
+            return _on_onnxruntime(self._others, segment, self.device, is_second=is_second)
         try:
             call = machine[segment.name]
         except AttributeError as error:
@@ -150,7 +157,8 @@ class _Binding(Bound):
         plan = engine.artifact.plan
         value = plan.values[plan.input]
         self.input = aligned((1, *value.shape), value.dtype)
-        self.values: dict[str, Any] = {plan.input: _tensor(self.input), **{name: _tensor(array) for name, array in parameters.items()}}
+        self.values: dict[str, Any] = {name: engine.device.place(array) for name, array in {plan.input: self.input, **parameters}.items()}
+        self._given = self.values[plan.input]
         self.steps = [
             [
                 (engine.function(segment.name, stretch.skipped), (*segment.inputs, *segment.parameters), segment.outputs)
@@ -162,6 +170,7 @@ class _Binding(Bound):
     def set_input(self, x: Array) -> None:
         self.engine.use_threads()
         np.copyto(self.input, x)
+        self.engine.device.refresh(self._given, self.input)
 
     def step(self, index: int) -> None:
         values = self.values
@@ -172,7 +181,7 @@ class _Binding(Bound):
             raise _failed(self.stretches[index], error) from error
 
     def value(self, name: str) -> Array:
-        return np.from_dlpack(self.values[name])
+        return self.engine.device.read(self.values[name])
 
 
 class _Runner(Runner):
@@ -187,19 +196,80 @@ class _Runner(Runner):
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.engine.use_threads()
         steps = [(self.engine.function(segment.name, self.stretch.skipped), segment) for segment in self.segments]
-        parameters = {name: _tensor(inputs[name]) for name in self.stretch.parameters}
+        device = self.engine.device
+        parameters = {name: device.place(inputs[name]) for name in self.stretch.parameters}
         count = len(inputs[self.stretch.inputs[0]])
         results: dict[str, list[Array]] = {name: [] for name in self.stretch.outputs}
         for i in range(count):
-            values = {**parameters, **{name: _tensor(inputs[name][i : i + 1]) for name in self.stretch.inputs}}
+            values = {**parameters, **{name: device.place(inputs[name][i : i + 1]) for name in self.stretch.inputs}}
             try:
                 for function, segment in steps:
                     values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
             except Exception as error:
                 raise _failed(self.stretch, error) from error
             for name, found in results.items():
-                found.append(np.array(np.from_dlpack(values[name])))
+                found.append(np.array(device.read(values[name])))
         return {name: np.concatenate(found) for name, found in results.items()}
+
+
+class _Device(Protocol):
+    """Where a library's tensors are.
+
+    machine: What its virtual machine is made with: for each device that it uses its DLPack type, number, and how memory is kept.
+    """
+
+    machine: tuple[int, ...]
+
+    def place(self, array: Array) -> Any:
+        """A tensor there with these values."""
+
+    def refresh(self, tensor: Any, array: Array) -> None:
+        """Let a tensor hold what the array that it was placed from holds now."""
+
+    def read(self, tensor: Any) -> Array:
+        """Its values."""
+
+
+_POOLED = 2
+"""Memory of values is kept for the next call."""
+
+
+class _Processor(_Device):
+    machine = (1, 0, _POOLED)
+
+    def place(self, array: Array) -> Any:
+        return _tensor(array)
+
+    def refresh(self, tensor: Any, array: Array) -> None:
+        pass  # it is in the array's own memory
+
+    def read(self, tensor: Any) -> Array:
+        return np.from_dlpack(tensor)
+
+
+class _Gpu(_Device):
+    """The first GPU. Reading waits for the kernels before."""
+
+    machine = (2, 0, _POOLED, 1, 0, _POOLED)
+
+    def __init__(self) -> None:
+        find = tvm_ffi.get_global_func
+        self._allocate, self._write, self._read = (find(f"runtime.TVMTensor{name}") for name in ("AllocWithScope", "CopyFromBytes", "CopyToBytes"))
+        self._device = tvm_ffi.device("cuda:0")
+
+    def place(self, array: Array) -> Any:
+        tensor = self._allocate(tvm_ffi.Shape(array.shape), tvm_ffi.dtype(array.dtype.name), self._device, None)
+        self.refresh(tensor, array)
+        return tensor
+
+    def refresh(self, tensor: Any, array: Array) -> None:
+        array = np.ascontiguousarray(array)
+        self._write(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+
+    def read(self, tensor: Any) -> Array:
+        array = np.empty(tuple(tensor.shape), str(tensor.dtype))
+        self._read(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+        return array
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> Array:
@@ -233,11 +303,13 @@ def _choose(artifact: Artifact, target: str) -> Compiled:
     if not targets:
         raise LibraryRefused("the artifact has no compiled library", "exitify compile --target host makes one, or use the engine onnxruntime")
     refusals: list[LibraryRefused] = []
-    for name in [target] if target else list(targets):
+    for name in [target] if target else sorted(targets, key=lambda name: targets[name].gpu is None):
         try:
             _check(artifact, targets[name])
         except LibraryRefused as refusal:
             refusals.append(refusal)
+            if targets[name].gpu is not None and not target:
+                log.warning("the GPU is not used: %s", refusal.problem)
         else:
             return targets[name]
     raise refusals[0]
@@ -263,6 +335,12 @@ def _check(artifact: Artifact, compiled: Compiled) -> None:
     for segment, made in compiled.segments.items():
         if graph_hashes(artifact, segment) != (made.graph, made.second_graph):
             raise LibraryRefused(f"{name} is stale: it was compiled from another graph of {segment!r}", _AGAIN)
+    if compiled.gpu is not None:
+        _kernels(artifact, compiled)
+        try:
+            load_sidecar(_load_runtime())
+        except NoGpu as error:
+            raise LibraryRefused(f"{name} cannot run: {error.problem}", error.hint) from error
     now = source_hashes(artifact, compiled.segments)
     stale = sorted(weight for weight in now.keys() | compiled.sources.keys() if now.get(weight) != compiled.sources.get(weight))
     if stale:
@@ -270,7 +348,36 @@ def _check(artifact: Artifact, compiled: Compiled) -> None:
         raise LibraryRefused(f"{name} is stale: it was compiled from another {stale[0][:80]!r}{others}", _AGAIN)
 
 
-def _load(library: bytes) -> Callable[[], Any]:
+def _kernels(artifact: Artifact, compiled: Compiled) -> bytes:
+    """The kernels that the GPU at hand takes: machine code where it is of their architecture, else PTX, which its driver compiles."""
+    assert compiled.gpu is not None
+    name, made = f"the library for {compiled.target!r}", compiled.gpu
+    try:
+        gpu = gpu_at_hand()
+    except NoGpu as error:
+        raise LibraryRefused(f"{name} needs a GPU: {error.problem}", error.hint) from error
+    driver, compiler, own, wanted = (
+        tuple(int(part) for part in text.split(".")) for text in (gpu.driver, made.compiler, _number(gpu.architecture), _number(made.architecture))
+    )
+    if gpu.architecture == made.architecture and driver[0] >= compiler[0]:
+        return bytes(artifact.files[target_path(compiled.target, "kernels.cubin")])
+    if own < wanted:
+        raise LibraryRefused(f"{name} is for GPUs from {made.architecture} on, and this one is {gpu.architecture} ({gpu.name})", _AGAIN)
+    if driver < compiler:
+        raise LibraryRefused(
+            f"{name} was compiled by CUDA {made.compiler} (PTX {made.ptx}), and the driver here is for CUDA {gpu.driver}",
+            f"compile with an older NVRTC, for JetPack 6 `exitify compile --jetpack 6`, or update the driver; {_AGAIN}",
+        )
+    return bytes(artifact.files[target_path(compiled.target, "kernels.ptx")]) + b"\0"
+
+
+def _number(architecture: str) -> str:
+    """`sm_87` as `8.7`."""
+    digits = architecture.removeprefix("sm_").rstrip("a")
+    return f"{digits[:-1]}.{digits[-1:]}"
+
+
+def _load(library: bytes, device: _Device) -> Callable[[], Any]:
     """What makes virtual machines, functions by segment: the shared object from a file that is gone once it is loaded."""
     _load_runtime()
     try:
@@ -289,25 +396,24 @@ def _load(library: bytes) -> Callable[[], Any]:
             f"the library cannot be loaded: {first_line(error)}",
             "if the folder for temporary files forbids programs, set TMPDIR to one that does not",
         ) from error
-    cpu, pooled = 1, 2
 
     def machine() -> Any:
         made = make()
-        made["vm_initialization"](cpu, 0, pooled)
+        made["vm_initialization"](*device.machine)
         return made
 
     return machine
 
 
 @functools.lru_cache(maxsize=1)
-def _load_runtime() -> None:
-    """TVM's runtime into this process, without importing tvm, which would bring the compiler."""
+def _load_runtime() -> Path:
+    """TVM's runtime into this process, without importing tvm, which would bring the compiler; the folder that it is in."""
     found = importlib.util.find_spec("tvm")
     for folder in found.submodule_search_locations or () if found else ():
         path = Path(folder) / "lib" / "libtvm_runtime.so"
         if path.is_file():
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-            return
+            return path.parent
     raise ModuleNotFoundError("no libtvm_runtime.so", name="apache-tvm")
 
 
@@ -320,8 +426,8 @@ def _set_threads(count: int) -> None:
     _configure()(1, count, ["0"] * count)  # the list's length is what counts: nothing is tied to a core
 
 
-def _on_onnxruntime(engine: OnnxRuntimeEngine, segment: Segment, *, is_second: bool) -> _Function:
-    """A segment that TVM could not take, on ONNX Runtime: tensors in and out as NumPy sees them, in place."""
+def _on_onnxruntime(engine: OnnxRuntimeEngine, segment: Segment, device: _Device, *, is_second: bool) -> _Function:
+    """A segment that TVM could not take, on ONNX Runtime: tensors in and out as NumPy sees them, in place where they are on the processor."""
     names = (*segment.inputs, *segment.parameters)
     stretch = Stretch(
         segments=(segment.name,),
@@ -335,8 +441,8 @@ def _on_onnxruntime(engine: OnnxRuntimeEngine, segment: Segment, *, is_second: b
     run = engine.prepare(stretch)
 
     def call(given: Sequence[Any]) -> Sequence[Any]:
-        found = run({name: np.from_dlpack(tensor) for name, tensor in zip(names, given)})
-        return [_tensor(found[name]) for name in segment.outputs]
+        found = run({name: device.read(tensor) for name, tensor in zip(names, given)})
+        return [device.place(found[name]) for name in segment.outputs]
 
     return call
 

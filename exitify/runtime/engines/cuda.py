@@ -1,0 +1,118 @@
+"""The GPU at hand, asked of its driver; and TVM's CUDA runtime in this process, with kernels that it takes from an artifact."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exitify.errors import EngineError
+
+MARK = "exitify kernels "
+"""What a library holds in place of CUDA source, followed by that source's sha256."""
+
+SIDECAR = "libtvm_runtime_cuda.so"
+"""TVM's CUDA runtime. On JetPack 6 the one in PyPI's wheel cannot be loaded and one of the board's own stands in `OWN_SIDECAR`."""
+OWN_SIDECAR = Path("~/.local/share/exitify") / SIDECAR
+
+_COMPILE = "tvm_callback_cuda_compile"
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+class NoGpu(EngineError):
+    """There is no GPU here that can be used; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU. architecture: CUDA's, `sm_87`. driver: The newest CUDA that its driver knows, `12.6`."""
+
+    name: str
+    architecture: str
+    driver: str
+
+
+@functools.lru_cache(maxsize=1)
+def gpu_at_hand() -> Gpu:
+    """Ask the driver for the first GPU.
+
+    Raises:
+        NoGpu: no driver, or no GPU.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NoGpu("there is no NVIDIA driver here (libcuda.so.1)", "use a machine with an NVIDIA GPU, or the CPU's library") from error
+    count, device, version, major, minor = (ctypes.c_int() for _ in range(5))
+    name = ctypes.create_string_buffer(256)
+    for call, arguments in (
+        ("cuInit", (0,)),
+        ("cuDeviceGetCount", (ctypes.byref(count),)),
+        ("cuDriverGetVersion", (ctypes.byref(version),)),
+        ("cuDeviceGet", (ctypes.byref(device), 0)),
+        ("cuDeviceGetName", (name, len(name), device)),
+        ("cuDeviceGetAttribute", (ctypes.byref(major), _MAJOR, device)),
+        ("cuDeviceGetAttribute", (ctypes.byref(minor), _MINOR, device)),
+    ):
+        status = getattr(driver, call)(*arguments)
+        if status:
+            raise NoGpu(f"the NVIDIA driver finds no GPU: {call} says {status}", "look at `nvidia-smi`, and whether this user may open /dev/nvidia*")
+        if call == "cuDeviceGetCount" and not count.value:
+            raise NoGpu("the NVIDIA driver finds no GPU", "use a machine with an NVIDIA GPU, or the CPU's library")
+    return Gpu(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}", f"{version.value // 1000}.{version.value % 1000 // 10}")
+
+
+def load_sidecar(tvm_libraries: Path) -> Path:
+    """Load TVM's CUDA runtime into this process and return where it was found.
+
+    `$EXITIFY_TVM_CUDA` names one, then comes this user's own (`OWN_SIDECAR`), then the wheel's.
+
+    Raises:
+        NoGpu: it cannot be loaded; the loader's own words are in the message.
+    """
+    chosen = os.environ.get("EXITIFY_TVM_CUDA")
+    own = OWN_SIDECAR.expanduser()
+    path = Path(chosen) if chosen else own if own.is_file() else tvm_libraries / SIDECAR
+    return _load(path)
+
+
+@functools.lru_cache
+def _load(path: Path) -> Path:
+    for folder in sys.path:  # CUDA's runtime from PyPI, where the system has none
+        for runtime in sorted(Path(folder).glob("nvidia/cu13/lib/libcudart.so.13")):
+            ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+    try:
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise NoGpu(
+            f"TVM's CUDA runtime cannot be loaded: {error}",
+            "on JetPack 6 build the board's own: `exitify board sidecar` (docs/jetson.md); elsewhere install CUDA 13's runtime",
+        ) from error
+    return path
+
+
+_kernels: dict[str, bytes] = {}
+
+
+def offer_kernels(mark: str, code: bytes) -> None:
+    """Let libraries with this mark be loaded with these kernels: machine code, or PTX and a zero byte."""
+    import tvm_ffi
+
+    if not _kernels:
+        before = tvm_ffi.get_global_func(_COMPILE, allow_missing=True)
+
+        def compile_or_find(source: Any) -> Any:
+            """What TVM calls when it loads a library with text in place of kernels."""
+            text = str(source)
+            if text in _kernels:
+                return _kernels[text]
+            if text.startswith(MARK) or before is None:
+                raise EngineError("the library's kernels are not those of its artifact", "compile again: exitify compile")
+            return before(source)
+
+        tvm_ffi.register_global_func(_COMPILE, compile_or_find, override=True)
+    _kernels[mark] = code
