@@ -13,7 +13,7 @@ demo: $(VENV)/demo-ready  ## digits: train a network, give it exits, calibrate, 
 
 test: $(VENV)/dev-ready  ## every check and every test
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/dev-ready  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -105,7 +105,11 @@ def front(artifact: Artifact, samples: Samples, splits: int) -> tuple[Accuracies
         fits = {mask: cross_fit(recorded[mask].select(half), plan, "top1", 0) for mask in masks}
         belief = np.mean([probabilities(recorded[mask].logits[-1, half], fits[mask][2][-1]) for mask in masks], axis=0)
         jury = Jury(samples.labels[half], belief)
-        choices = [choice for mask, (path, held_out, _) in fits.items() for choice in candidates_of(mask, path, held_out, times[mask], jury)]
+        choices = [
+            choice
+            for mask, (path, held_out, _) in fits.items()
+            for choice in candidates_of(mask, path, held_out, times[mask] * held_out.cost / held_out.cost[0], jury)
+        ]
         for family, (i, share) in itertools.product(FAMILIES, enumerate(SHARES)):
             within = [choice for choice in choices if belongs(choice, family) and choice.ms <= share * whole * 1.0001]
             if not within:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from exitify.artifact.manifest import InputContract as InputContract
     from exitify.benchmark import bench as bench
     from exitify.calibration.calibrate import calibrate as calibrate
+    from exitify.calibration.segment_times import measure_segments as measure_segments
     from exitify.errors import ExitifyError as ExitifyError
     from exitify.lower.pipeline import compile_artifact as compile_artifact
     from exitify.models import load_model as load_model
@@ -48,6 +49,7 @@ _HOME = {
     "export": "exitify.onnx_export.to_artifact",
     "export_static": "exitify.onnx_export.static",
     "load_model": "exitify.models",
+    "measure_segments": "exitify.calibration.segment_times",
     "reestimate_norms": "exitify.train.norms",
     "train_heads": "exitify.train.heads",
     "transform": "exitify.pipeline",

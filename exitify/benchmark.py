@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import Artifact
+from exitify.artifact.manifest import Conditions
+from exitify.board.power import Energy, Rail, find_rails, measure
 from exitify.data import Samples
 from exitify.errors import DataError, ExitifyError
 from exitify.progress import Progress, silent
 from exitify.runtime.engines import make_engine
 from exitify.runtime.session import Session
+from exitify.targets.board import conditions
 
 AGAINST = ("onnxruntime", "tvm", "torch", "inductor")
 
 WARM_UP = 30
 """Samples run before the clock counts."""
+KEPT = 200
+"""Samples in memory while energy is measured: reading others takes energy too."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Timing:
     """One contender: wall-clock per sample in ms, and how often it was right.
 
     mean_ratio: The median over blocks of 50 samples of its mean time over the first contender's; spread: the quartiles.
+    energy: Of an answer, where it was measured.
     """
 
     name: str
@@ -38,6 +45,7 @@ class Timing:
     accuracy: float
     mean_ratio: float
     spread: tuple[float, float]
+    energy: Energy | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class BenchReport:
     """Times of all contenders, the artifact last; and what the artifact did.
 
     exits: Share of the samples that left at each exit. mean_macs_share: Of the full network's multiply-adds.
+    conditions: What all of it belongs to.
     """
 
     timings: tuple[Timing, ...]
@@ -52,6 +61,7 @@ class BenchReport:
     mean_macs_share: float
     samples: int
     threads: int
+    conditions: Conditions
 
 
 def bench(
@@ -64,6 +74,7 @@ def bench(
     threads: int = 1,
     most: int = 1000,
     model: Any = None,
+    energy: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> BenchReport:
@@ -76,11 +87,13 @@ def bench(
         profile: See `Session`.
         engine, threads: What runs the artifact; all contenders use as many threads.
         model: The original module, for torch.
+        energy: Measure what answers take from the board's supply, too.
         seed: Of the choice of samples.
 
     Raises:
-        ExitifyError: an unknown contender, or torch without the model.
+        ExitifyError: an unknown contender, or torch without the model. NoPower: energy was asked for and cannot be read.
     """
+    rails = find_rails() if energy else []
     session = Session(artifact, engine=engine, profile=profile, threads=threads)
     contenders: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {}
     for name in against:
@@ -118,17 +131,32 @@ def bench(
         macs += result.macs
     progress("timing", len(rows), len(rows))
     first = times[next(iter(times))]
-    timings = tuple(_summary(name, values, first, right[name] / len(rows)) for name, values in times.items())
+    answers: dict[str, Callable[[NDArray[Any]], object]] = {**contenders, "exitify": session.run}
+    spent = _energy(answers, rails, samples.inputs(rows[:KEPT]), progress) if rails else {}
+    timings = tuple(_summary(name, values, first, right[name] / len(rows), spent.get(name)) for name, values in times.items())
     exits = {name: left[name] / len(rows) for name in artifact.plan.exit_names}
-    return BenchReport(timings, exits, macs / len(rows) / artifact.plan.full_macs, len(rows), threads)
+    return BenchReport(timings, exits, macs / len(rows) / artifact.plan.full_macs, len(rows), threads, conditions())
 
 
-def _summary(name: str, values: NDArray[np.float64], first: NDArray[np.float64], accuracy: float) -> Timing:
+def _energy(answers: Mapping[str, Callable[[Any], object]], rails: Sequence[Rail], inputs: NDArray[Any], progress: Progress) -> dict[str, Energy]:
+    """What an answer of each contender takes, over the same inputs in turn."""
+    progress("measuring energy", 0, 1)
+
+    def over_inputs(answer: Callable[[Any], object]) -> Callable[[], object]:
+        rows = itertools.cycle(range(len(inputs)))
+        return lambda: answer(inputs[(i := next(rows)) : i + 1])
+
+    found = measure([over_inputs(answer) for answer in answers.values()], lambda: sum(rail.watts() for rail in rails))
+    progress("measuring energy", 1, 1)
+    return dict(zip(answers, found))
+
+
+def _summary(name: str, values: NDArray[np.float64], first: NDArray[np.float64], accuracy: float, energy: Energy | None) -> Timing:
     blocks = np.array_split(np.arange(len(values)), max(1, len(values) // 50))
     ratios = np.array([values[block].mean() / first[block].mean() for block in blocks])
     low, middle, high = np.percentile(ratios, (25, 50, 75))
     p50, p95 = np.percentile(values, (50, 95))
-    return Timing(name, float(values.mean()), float(p50), float(p95), accuracy, float(middle), (float(low), float(high)))
+    return Timing(name, float(values.mean()), float(p50), float(p95), accuracy, float(middle), (float(low), float(high)), energy)
 
 
 def one_graph(artifact: Artifact, threads: int, engine: str = "auto") -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -64,7 +64,7 @@ class PowerMode:
 class Target:
     """A board.
 
-    module: The part number in its device tree, `p3701-0005`; empty for what is no board.
+    modules: Part numbers in its device tree, `p3701-0005`; none for what is no board.
     memory_gib: Of the board, shared by CPU and GPU; 0 when not fixed. bandwidth_gb_s: Of that memory, 0 when not fixed.
     jetpacks: The releases that it runs, oldest first.
     rails: Labels of the power monitor's channels whose sum is the module's power.
@@ -74,7 +74,7 @@ class Target:
 
     name: str
     description: str
-    module: str
+    modules: tuple[str, ...]
     cpu: Processor
     gpu: Graphics | None
     memory_gib: int
@@ -89,12 +89,14 @@ class Target:
 class JetPack:
     """A release of NVIDIA's software for the boards.
 
+    linux: What its release of Jetson Linux begins with, `36`.
     cuda: Of its toolkit and driver, `12.6`. driver: The driver's branch. ptx: The newest PTX that the driver loads.
     python, glibc: Of its Ubuntu. tvm_cuda: Whether apache-tvm's wheel finds its CUDA runtime there.
     """
 
     name: str
     description: str
+    linux: str
     cuda: str
     driver: str
     ptx: str
@@ -126,7 +128,7 @@ def load_target(name: str) -> Target:
         known = ", ".join([*target_names(), *ALIASES])
         raise TargetError(f"there is no target {name!r}", f"there are {known}, and your own ./my-board.toml")
     target = _read(Target, path, {"gpu": None})
-    for field in ("cpu", *(field for field in ("gpu", "memory_gib", "rails", "power_modes") if getattr(target, field))):
+    for field in ("cpu", *(field for field in ("gpu", "memory_gib", "modules", "rails", "power_modes") if getattr(target, field))):
         if field not in target.sources:
             raise TargetError(f"{path.name} gives no source for {field}", "name the datasheet, or the measurement and its date, under [sources]")
     unknown = sorted(set(target.jetpacks) - set(jetpack_names()))
@@ -144,6 +146,11 @@ def load_jetpack(name: str) -> JetPack:
     if name not in jetpack_names():
         raise TargetError(f"there is no JetPack {name!r}", f"exitify knows {', '.join(jetpack_names())}")
     return _read(JetPack, FOLDER / "jetpacks" / f"{name}.toml", {})
+
+
+def jetpack_of_linux(release: str) -> str:
+    """The JetPack with this release of Jetson Linux, `36.4.3`; empty for one that exitify does not know."""
+    return next((name for name in jetpack_names() if f"{release}.".startswith(f"{load_jetpack(name).linux}.")), "")
 
 
 def _read(kind: type[T], path: Path, defaults: Mapping[str, Any]) -> T:

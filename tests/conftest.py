@@ -63,7 +63,7 @@ def seed(request: pytest.FixtureRequest) -> int:
     return number
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_file() -> Callable[[str], Path]:
     """A function from a name under EXITIFY_DATA to its path; the test is skipped where the file is missing."""
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
-from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, MaskTable, Profile, target_name
+from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, MaskTable, Profile, SegmentTimes, target_name
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, identity, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
@@ -44,6 +44,8 @@ LARGEST_RECORD = 16 * 2**20
 """Most bytes of the manifest, of a profile, and of what a library says of itself."""
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 """Beyond these, float32 softmax says nothing; calibration stays within 0.05 and 20."""
+LONGEST_MS = 3_600_000.0
+"""An hour: no segment takes longer, and sums of such times stay finite."""
 
 _AGAIN = "get the artifact again"
 NO_PROFILE = "none"
@@ -153,6 +155,23 @@ class Artifact:
         _check_masks(changed)
         return changed
 
+    @property
+    def times(self) -> dict[str, SegmentTimes]:
+        """What was measured of the segments, by name, oldest first."""
+        paths = [path for path in self.files if path.startswith("times/")]
+        return {Path(path).stem: _read_record(SegmentTimes, self.files[path], path) for path in paths}
+
+    def with_times(self, name: str, times: SegmentTimes) -> Artifact:
+        """The same artifact with these times added, or put in place of those of that name.
+
+        Raises:
+            MalformedManifest: they belong to another network. ExitifyError: the name cannot be a file's.
+        """
+        check_name("record of times", name)
+        changed = build_artifact(self.manifest, {**self.files, f"times/{name}.json": dumps(times)})
+        _check_times(changed)
+        return changed
+
     def with_profile(self, name: str, profile: Profile) -> Artifact:
         """The same artifact with this profile added, or put in place of the one of that name.
 
@@ -243,6 +262,7 @@ def check_artifact(artifact: Artifact) -> None:
     _check_model(artifact)
     _check_profiles(artifact)
     _check_masks(artifact)
+    _check_times(artifact)
     _check_targets(artifact)
 
 
@@ -269,11 +289,11 @@ def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
     for path in files:
         if path not in manifest.files:
             raise ExtraFile(f"the artifact holds {path!r}, which its manifest does not list", "do not use this file")
-        is_profile = path.startswith("profiles/") and path.endswith(".json") and path.count("/") == 1
+        is_record = path.startswith(("profiles/", "times/")) and path.endswith(".json") and path.count("/") == 1
         is_compiled = (
             path.startswith("targets/") and path.count("/") == 2 and path.endswith(tuple(f"/{name}" for name in (*_TARGET_FILES, *_KERNEL_FILES)))
         )
-        if path not in allowed and path != MASKS_FILE and not is_profile and not is_compiled:
+        if path not in allowed and path != MASKS_FILE and not is_record and not is_compiled:
             raise ExtraFile(f"the artifact holds {path!r}, which format {FORMAT} does not know", "do not use this file")
     for path in allowed:
         if path not in files:
@@ -392,6 +412,16 @@ def _check_masks(artifact: Artifact) -> None:
             raise MalformedManifest(f"{MASKS_FILE} has the mask {mask[:80]!r}, which is none of this network", _AGAIN)
     if not table.masks or min(measured.ms for measured in table.masks.values()) <= 0:
         raise MalformedManifest(f"{MASKS_FILE} has no masks, or one that takes no time", _AGAIN)
+
+
+def _check_times(artifact: Artifact) -> None:
+    segments = {segment.name for segment in artifact.plan.segments}
+    for name, times in artifact.times.items():
+        _translate("times", functools.partial(check_name, "record of times", name))
+        if times.model_id != artifact.manifest.model_id or set(times.segments) != segments:
+            raise MalformedManifest(f"the times {name!r} were measured on another network", "measure again: `exitify measure`")
+        if not 0 < min(times.whole_ms, *times.segments.values()) <= max(times.whole_ms, *times.segments.values()) < LONGEST_MS:
+            raise MalformedManifest(f"the times {name!r} have a segment that takes no time, or more than an hour", _AGAIN)
 
 
 def _check_targets(artifact: Artifact) -> None:

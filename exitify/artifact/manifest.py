@@ -182,6 +182,25 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What a measured time or energy belongs to: on another board, or in another power mode, it says nothing.
+
+    board: The target's name; the processor's where it is no board that exitify knows.
+    power_mode: By nvpmodel's name, since ids differ from board to board; empty where there are none, or nobody says.
+    clocks: `fixed` as `jetson_clocks` leaves them, `free` where they follow the load; empty where nobody says.
+    """
+
+    board: str
+    power_mode: str
+    clocks: Literal["fixed", "free", ""]
+
+    def __str__(self) -> str:
+        """For people: `orin-nano-8gb, 15W, clocks fixed`."""
+        clocks = f"clocks {self.clocks}" if self.clocks else ""
+        return ", ".join(part for part in (self.board, self.power_mode, clocks) if part)
+
+
+@dataclass(frozen=True)
 class MaskMeasured:
     """What one mask gives and costs, no exit taken.
 
@@ -199,17 +218,35 @@ class MaskMeasured:
 class MaskTable:
     """What was measured of a network's masks, so that one can be chosen for a time.
 
-    engine, threads, processor: Where times were measured. samples, data: How many, and sha256 of them.
+    engine, threads, conditions: How and where times were measured. samples, data: How many, and sha256 of them.
     masks: By mask, `0110` for instance.
     """
 
     model_id: str
     engine: str
     threads: int
-    processor: str
+    conditions: Conditions
     samples: int
     data: str
     masks: Mapping[str, MaskMeasured]
+
+
+@dataclass(frozen=True)
+class SegmentTimes:
+    """How long each segment takes on one machine, so that another can choose exits and masks for it.
+
+    engine: With the library that it ran, `tvm:orin-nano-8gb.gpu`. threads, conditions: How and where.
+    rounds: Readings that each median is of.
+    whole_ms: The whole network without exits. segments: Each alone, milliseconds by name.
+    """
+
+    model_id: str
+    engine: str
+    threads: int
+    conditions: Conditions
+    rounds: int
+    whole_ms: float
+    segments: Mapping[str, float]
 
 
 Precision = Literal["fp32", "fp16"]

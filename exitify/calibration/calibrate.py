@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import NO_PROFILE, Artifact, check_name
-from exitify.artifact.manifest import ExitSetting, Profile, Promise
+from exitify.artifact.manifest import ExitSetting, Profile, Promise, SegmentTimes
 from exitify.calibration.bounds import samples_needed, upper_bound
 from exitify.calibration.temperature import fit_temperature, log_softmax
 from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path, stricter_first
@@ -85,6 +85,7 @@ def calibrate(
     max_drop: float | None = None,
     budget_macs: float | None = None,
     budget_ms: float | None = None,
+    times: str = "",
     risk: tuple[float, float] | None = None,
     skip: str | Sequence[bool] | None = None,
     name: str = "default",
@@ -103,6 +104,8 @@ def calibrate(
         budget_macs: Mean cost, as a share of the full network's multiply-adds.
         budget_ms: Mean time of an answer on this machine, with this engine. Chooses a mask too, and the artifact then holds
             what was measured of each.
+        times: With `budget_ms`: name of segment times in the artifact, measured on the machine that is to answer; this one then
+            only records outputs.
         risk: `(rate, confidence)`: answers differ from the full network's in at most this share, at this confidence.
         skip: Skip paths that the profile leaves out (see `Plan.mask`); None is none of them, with `budget_ms` any. Promises
             are about the full network all the same.
@@ -112,7 +115,7 @@ def calibrate(
         seed: Of the folds.
 
     Raises:
-        CalibrationError: no or several promises asked for, heads not trained, too few samples for the promise.
+        CalibrationError: no or several promises asked for, heads not trained, too few samples for the promise, no such times.
         PlanError: the mask is none of this network.
     """
     mask = artifact.plan.mask(skip)
@@ -122,12 +125,13 @@ def calibrate(
         raise CalibrationError(
             f"{len(samples)} samples are too few to calibrate on", f"give at least {FEWEST_SAMPLES}; a thousand and more make the promise sharp"
         )
+    measured = _times_called(artifact, times, budget_ms)
     if budget_ms is not None:
         from exitify.calibration.time_budget import settle_time
 
         masks = None if skip is None else [mask]
         table, mask, settings = settle_time(
-            artifact, samples, budget_ms, masks=masks, policy=policy, engine=engine, threads=threads, seed=seed, progress=progress
+            artifact, samples, budget_ms, masks=masks, times=measured, policy=policy, engine=engine, threads=threads, seed=seed, progress=progress
         )
         return _with_settings(artifact.with_masks(table), samples, mask, settings, name=name, policy=policy, engine=table.engine)
     outputs = record_outputs(artifact, samples, skip=mask, engine=engine, threads=threads, progress=progress)
@@ -141,6 +145,17 @@ def calibrate(
         settings = settle_risk(outputs, artifact.plan, *risk, policy=policy, seed=seed)
     progress("searching thresholds", 1, 1)
     return _with_settings(artifact, samples, mask, settings, name=name, policy=policy, engine=outputs.engine)
+
+
+def _times_called(artifact: Artifact, name: str, budget_ms: float | None) -> SegmentTimes | None:
+    if not name:
+        return None
+    if budget_ms is None:
+        raise CalibrationError("times serve a promise of time", "give --budget-ms with --times")
+    if name not in artifact.times:
+        there_are = f"it has {', '.join(artifact.times)}" if artifact.times else "it has none"
+        raise CalibrationError(f"the artifact has no times {name!r}", f"{there_are}; measure on the machine that is to answer: exitify measure")
+    return artifact.times[name]
 
 
 def _with_settings(
@@ -309,11 +324,12 @@ def looks_memorised(settings: Settings) -> str:
 class HeldOut:
     """The steps of the path, each judged on samples that its thresholds were not found on: one number a step.
 
-    answers: `(steps, N)`, the class that each step answers with.
+    answers: `(steps, N)`, the class that each step answers with. exits: `(steps, N)`, where it leaves, the network's own exit last.
     own_macs: The cost of the path's own thresholds, on the samples that they were found on.
     """
 
     answers: NDArray[np.int32]
+    exits: NDArray[np.int16]
     drop: NDArray[np.float64]
     drop_error: NDArray[np.float64]
     disagreement: NDArray[np.float64]
@@ -333,26 +349,32 @@ def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[lis
     predictions = outputs.logits.argmax(axis=2)
     full = outputs.full.argmax(axis=1)
     full_right = (full == outputs.labels).astype(float)
-    answers = np.zeros((len(path), count), np.int32)
+    answers, exits = np.zeros((len(path), count), np.int32), np.zeros((len(path), count), np.int16)
     cost, macs = (np.zeros((len(path), count)) for _ in range(2))
     folds = np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
     for fold in folds:
         others = np.setdiff1d(np.arange(count), fold)
         for step, thresholds in enumerate([nothing, *price_path(recorded.select(others))]):
             taken = exits_taken(recorded.confidence[:, fold], thresholds)
-            answers[step, fold] = predictions[taken, fold]
+            answers[step, fold], exits[step, fold] = predictions[taken, fold], taken
             cost[step, fold] = recorded.cost(thresholds)[taken]
             macs[step, fold] = _macs(plan, outputs.mask, thresholds)[taken]
     drop, differs = full_right - (answers == outputs.labels), answers != full
     error = drop.std(axis=1) / np.sqrt(count)
     own = np.array([_macs(plan, outputs.mask, thresholds)[exits_taken(recorded.confidence, thresholds)].mean() for thresholds in path])
-    return path, HeldOut(answers, drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(full_right.mean())), temperatures
+    return (
+        path,
+        HeldOut(answers, exits, drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(full_right.mean())),
+        temperatures,
+    )
 
 
 def settled(
     thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: HeldOut, step: int, promise: Promise, mask: Mask
 ) -> Settings:
     """Settings whose promise carries what was measured at this step, under this mask."""
+    if not (thresholds < NEVER).any():
+        step = 0  # without an exit: what others of the folds' thresholds would give says nothing
     if len(thresholds) and not (thresholds < NEVER).any():
         promise = replace(promise, note=f"{_without_exits(NO_EXIT, mask)} {promise.note}")
     measured = replace(

@@ -1,4 +1,4 @@
-"""The most accurate mask and thresholds within a time: every mask measured on the machine at hand."""
+"""The most accurate mask and thresholds within a time: every mask measured on the machine at hand, or by segment times of another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import NO_PROFILE, Artifact
-from exitify.artifact.manifest import MaskMeasured, MaskTable, Profile, Promise
+from exitify.artifact.manifest import MaskMeasured, MaskTable, Profile, Promise, SegmentTimes
 from exitify.calibration.calibrate import HeldOut, Outputs, Settings, cross_fit, exit_settings, record_outputs, settled
+from exitify.calibration.segment_times import mean_time, run_times
 from exitify.calibration.temperature import log_softmax
 from exitify.calibration.thresholds import NEVER
 from exitify.data import Samples
 from exitify.plan import FINAL, Mask, Plan, mask_text
 from exitify.progress import Progress, silent
 from exitify.runtime.session import Session
-from exitify.targets import processor
+from exitify.targets.board import conditions
 
 MOST_MASKS = 32
 """Up to so many masks are all measured; of more, those on a greedy way from the whole network to the shallowest."""
@@ -76,6 +77,7 @@ def settle_time(
     budget: float,
     *,
     masks: Sequence[Mask] | None = None,
+    times: SegmentTimes | None = None,
     policy: str = "top1",
     engine: str = "auto",
     threads: int = 1,
@@ -85,7 +87,8 @@ def settle_time(
     """Return what was measured of each mask, and the mask and thresholds with the least drop of accuracy within the budget.
 
     A mask's time is measured; with exits it is that times the share of the cost that they leave, boundaries counted. The
-    choice is then timed as it is, and replaced by a cheaper one while it takes longer than the budget.
+    choice is then timed as it is, and replaced by a cheaper one while it takes longer than the budget. With the segment times of
+    another machine, all of it follows from these.
 
     Args:
         budget: Mean milliseconds an answer, batch 1.
@@ -107,24 +110,34 @@ def settle_time(
         masks = every or greedy_masks(plan, lambda mask: _disagreement(outputs_of(mask)))
     rows = np.random.default_rng(seed).permutation(len(samples))[:TIMED]
     inputs = samples.inputs(rows)
-    times = time_masks(session, list(dict.fromkeys([nothing, *masks])), inputs, progress)
+    wanted = list(dict.fromkeys([nothing, *masks]))
+    if times is None:
+        mask_ms = time_masks(session, wanted, inputs, progress)
+        place = session.engine.full_name, threads, conditions()
+    else:
+        mask_ms = {mask: run_times(plan, times, (), mask)[FINAL] for mask in wanted}
+        place = times.engine, times.threads, times.conditions
     paths: dict[Mask, tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]]] = {}
     measured: dict[str, MaskMeasured] = {}
     belief = np.zeros(full.shape)
-    for i, mask in enumerate(times):
-        progress("searching thresholds", i, len(times))
+    for i, mask in enumerate(mask_ms):
+        progress("searching thresholds", i, len(mask_ms))
         outputs = outputs_of(mask)
         right = float((outputs.logits[-1].argmax(1) == outputs.labels).mean())
         share = plan.macs_at((), mask)[FINAL] / plan.full_macs
-        measured[mask_text(mask)] = MaskMeasured(right, _disagreement(outputs), share, times[mask])
+        measured[mask_text(mask)] = MaskMeasured(right, _disagreement(outputs), share, mask_ms[mask])
         fit = cross_fit(outputs, plan, policy, seed)
-        belief += probabilities(outputs.logits[-1], fit[2][-1]) / len(times)
+        belief += probabilities(outputs.logits[-1], fit[2][-1]) / len(mask_ms)
         if mask in masks:
             paths[mask] = fit
         del outputs, recorded[mask]  # thousands of classes fill the memory
-    table = MaskTable(artifact.manifest.model_id, session.engine.name, threads, processor.model_name(), len(samples), samples.identity(), measured)
+    table = MaskTable(artifact.manifest.model_id, *place, len(samples), samples.identity(), measured)
     jury = Jury(samples.labels, belief)
-    candidates = [found for mask, (path, held_out, _) in paths.items() for found in candidates_of(mask, path, held_out, times[mask], jury)]
+    candidates = [
+        found
+        for mask, (path, held_out, _) in paths.items()
+        for found in candidates_of(mask, path, held_out, _step_times(plan, path, held_out, mask, mask_ms[mask], times), jury)
+    ]
     slower = dict.fromkeys(paths, 1.0)
     best, ms = candidates[0], np.inf
     for check in range(CHECKS):
@@ -132,7 +145,9 @@ def settle_time(
         within = [found for found in candidates if found.ms * slower[found.mask] <= budget]
         fastest = min(candidates, key=lambda found: found.ms * slower[found.mask])
         chosen = most_accurate(within, jury) if within and check < CHECKS - 1 else fastest
-        found_ms = _time_choice(artifact, chosen, paths[chosen.mask][2], inputs, policy, engine, threads)
+        found_ms = chosen.ms
+        if times is None:
+            found_ms = _time_choice(artifact, chosen, paths[chosen.mask][2], inputs, policy, engine, threads)
         if found_ms <= budget or found_ms < ms:
             best, ms = chosen, found_ms
         if ms <= budget or not within:
@@ -140,17 +155,29 @@ def settle_time(
         slower[chosen.mask] *= max(found_ms / (chosen.ms * slower[chosen.mask]), 1.01)
     progress("timing the choice", CHECKS, CHECKS)
     _, held_out, temperatures = paths[best.mask]
-    note = f"{ms:.2f} ms measured with {session.engine.name} on {processor.model_name()}; "
+    note = f"{ms:.2f} ms {'measured' if times is None else 'by the times of its segments'} with {place[0]} on {place[2]}; "
     note += f"estimated drop {held_out.drop[best.step] * 100:+.2f} ± {held_out.drop_error[best.step] * 100:.2f} points."
     promise = Promise("budget-ms", budget, 0.0, ms <= budget, len(samples), 0, 0, 0, 0, ms, note)
     return table, best.mask, settled(best.thresholds, temperatures, held_out, best.step, promise, best.mask)
 
 
-def candidates_of(mask: Mask, path: list[NDArray[np.float64]], held_out: HeldOut, ms: float, jury: Jury) -> list[Candidate]:
-    """A mask's settings from the safest to the cheapest. ms: Of an answer without exits."""
-    times = ms * held_out.cost / held_out.cost[0]
+def _step_times(
+    plan: Plan, path: list[NDArray[np.float64]], held_out: HeldOut, mask: Mask, ms: float, times: SegmentTimes | None
+) -> NDArray[np.float64]:
+    """Mean milliseconds of each step: as segments take, or else as its cost is. ms: Of an answer without exits."""
+    if times is None:
+        return ms * held_out.cost / held_out.cost[0]
+    names, found = plan.exit_names, []
+    for thresholds, exits in zip(path, held_out.exits):
+        used = {names[i] for i in np.unique(exits)} | {name for name, threshold in zip(names, thresholds) if threshold < NEVER}
+        found.append(mean_time(plan, times, used - {FINAL}, mask, exits))
+    return np.array(found)
+
+
+def candidates_of(mask: Mask, path: list[NDArray[np.float64]], held_out: HeldOut, ms: NDArray[np.float64], jury: Jury) -> list[Candidate]:
+    """A mask's settings from the safest to the cheapest. ms: Of an answer of each."""
     return [
-        Candidate(mask, step, thresholds, answers, float(jury.loss(answers).mean()), float(times[step]))
+        Candidate(mask, step, thresholds, answers, float(jury.loss(answers).mean()), float(ms[step]))
         for step, (thresholds, answers) in enumerate(zip(path, held_out.answers))
     ]
 

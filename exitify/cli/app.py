@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from exitify.cli import build, show, use
+from exitify.cli import board, build, show, use
 from exitify.errors import ExitifyError
 
 EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort", "tvm": "compile"}
@@ -53,8 +53,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (build.transform, build.train, build.calibrate, build.compile, use.run, use.bench, use.inspect, build.export, use.targets):
+for command in (
+    build.transform,
+    build.train,
+    build.calibrate,
+    build.compile,
+    use.run,
+    use.bench,
+    use.measure,
+    use.inspect,
+    build.export,
+    use.targets,
+    board.doctor,
+):
     app.command()(_with_plain_errors(command))
+boards = typer.Typer(help="A board's own software, and its side of remote tuning.", no_args_is_help=True)
+for of_board in (board.serve, board.tracker, board.sidecar):
+    boards.command()(_with_plain_errors(of_board))
+app.add_typer(boards, name="board")
 
 
 def main() -> None:

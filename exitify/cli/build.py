@@ -161,6 +161,7 @@ def calibrate(
     budget_ms: Annotated[
         float | None, typer.Option(help="Mean milliseconds an answer, here and with this engine: 12. Chooses what to leave out too.")
     ] = None,
+    times: Annotated[str, typer.Option(help="With --budget-ms: for the machine where `exitify measure` took these times.")] = "",
     risk: Annotated[str | None, typer.Option(help="RATE@CONFIDENCE: at most this share of other answers, 0.02@0.95.")] = None,
     profile: Annotated[str, typer.Option(help="Name to store the settings under.")] = "default",
     skip: Annotated[str | None, SKIP] = None,
@@ -183,8 +184,8 @@ def calibrate(
         raise ExitifyError(f"there is no policy {policy!r}", "there are top1 and margin")
     with show.progress_bar() as progress:
         calibrated = find(
-            opened, samples, max_drop=max_drop, budget_macs=budget_macs, budget_ms=budget_ms, risk=parse_risk(risk), skip=skip, name=profile,
-            policy=policy, engine=engine, threads=threads, seed=seed, progress=progress,  # type: ignore[arg-type]
+            opened, samples, max_drop=max_drop, budget_macs=budget_macs, budget_ms=budget_ms, times=times, risk=parse_risk(risk), skip=skip,
+            name=profile, policy=policy, engine=engine, threads=threads, seed=seed, progress=progress,  # type: ignore[arg-type]
         )  # fmt: skip
     calibrated.save(output or artifact)
     made = calibrated.profile(profile)
@@ -198,7 +199,7 @@ def calibrate(
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE`")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     finding = show.call("exitify.calibrate", opening, "samples", max_drop=(max_drop, None), budget_macs=(budget_macs, None),
-                        budget_ms=(budget_ms, None), risk=(parse_risk(risk), None), skip=(skip, None), name=(profile, "default"),
+                        budget_ms=(budget_ms, None), times=(times, ""), risk=(parse_risk(risk), None), skip=(skip, None), name=(profile, "default"),
                         policy=(policy, "top1"), engine=(engine, "auto"), threads=(threads, 1), seed=(seed, 0))  # fmt: skip
     show.python_call(f"{finding}.save({str(output or artifact)!r})")
 
@@ -220,27 +221,34 @@ def compile(  # noqa: A001
     """Compile every segment for a target into a library, one for its processor and one for its GPU; needs the artifact alone."""
     from exitify.artifact.artifact import Artifact, check_name
     from exitify.artifact.manifest import target_name
-    from exitify.lower.pipeline import compile_artifact
+    from exitify.lower.graphics import gpu_machine_of
+    from exitify.lower.pipeline import compile_artifact, driver_of
     from exitify.lower.processors import machine_of
     from exitify.lower.tuning.database import Database
     from exitify.lower.tuning.measure import RpcRunner, parse_rpc
     from exitify.targets import ALIASES, load_target
+    from exitify.targets.board import board_at_hand
 
     _require_place(output or artifact)
     _one_of("fallback", fallback, ("", "onnxruntime"))
     _one_of("precision", precision, ("fp32", "fp16"))
     _one_of("device", device or "both", ("cpu", "gpu", "both"))
-    board = load_target(target)
+    here = board_at_hand() if target in ALIASES else None
+    board = load_target(here.target if here is not None and here.target else target)
     check_name("target", board.name)
-    if target in ALIASES:
+    if target in ALIASES and not (here is not None and here.target):
         log.warning("%s is %s here: code is the same for every board of that family, tuning and power are not; name yours", target, board.name)
     devices = {None: ["cpu", *(["gpu"] if board.gpu else [])], "both": ["cpu", "gpu"]}.get(device, [device])
     if device is None and target == "cuda":
         devices = ["gpu"]
     compiled = Artifact.open(artifact)
     database = Database(db) if db else None
-    runner = RpcRunner(machine_of(board), *parse_rpc(rpc)) if rpc else None
+    place = parse_rpc(rpc) if rpc else None
     for on in devices:
+        runner = None
+        if place:
+            machine = machine_of(board) if on == "cpu" else gpu_machine_of(board, arch, driver_of(board, jetpack))
+            runner = RpcRunner(machine, *place)
         with show.progress_bar() as progress, show.tuning_bar() as report:
             compiled = compile_artifact(
                 compiled, board, device=on, precision=precision, architecture=arch if on == "gpu" else "", jetpack=jetpack, trials=trials,  # type: ignore[arg-type]

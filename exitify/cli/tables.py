@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import Compiled, MaskTable, Profile
+from exitify.artifact.manifest import Compiled, MaskTable, Profile, SegmentTimes
 from exitify.cli.show import millions, percent, say, table
 from exitify.plan import FINAL, Plan
 
 if TYPE_CHECKING:
     from exitify.benchmark import BenchReport
+    from exitify.board.doctor import Finding
     from exitify.passes.choose_exits import Considered
     from exitify.passes.choose_skips import ConsideredBlock
     from exitify.runtime.session import Answer
@@ -50,7 +51,7 @@ def masks(found: MaskTable) -> None:
         for mask, measured in found.masks.items()
     ]
     threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
-    title = f"Masks without exits, on {found.samples} samples; {found.engine}, {threads}, {found.processor}"
+    title = f"Masks without exits, on {found.samples} samples; {found.engine}, {threads}, {found.conditions}"
     table(title, ("mask", "accuracy", "other answers", "of the multiply-adds", "ms"), rows)
 
 
@@ -122,9 +123,11 @@ def timings(report: BenchReport) -> None:
     rows = []
     for t in report.timings:
         spread = f"{t.spread[0]:.3f} to {t.spread[1]:.3f}"
-        rows.append((t.name, f"{t.mean_ms:.3f}", f"{t.p50_ms:.3f}", f"{t.p95_ms:.3f}", f"{t.mean_ratio:.3f}", spread, percent(t.accuracy)))
-    title = f"{report.samples} samples, batch 1, {report.threads} thread{'s' if report.threads > 1 else ''}"
-    table(title, ("", "mean ms", "p50 ms", "p95 ms", "mean ratio", "quartiles", "accuracy"), rows)
+        spent = (f"{t.energy.mj:.3f}", f"{t.energy.spread[0]:.3f} to {t.energy.spread[1]:.3f}", f"{t.energy.watts:.2f}") if t.energy else ()
+        rows.append((t.name, f"{t.mean_ms:.3f}", f"{t.p50_ms:.3f}", f"{t.p95_ms:.3f}", f"{t.mean_ratio:.3f}", spread, percent(t.accuracy), *spent))
+    title = f"{report.samples} samples, batch 1, {report.threads} thread{'s' if report.threads > 1 else ''}; {report.conditions}"
+    energy = ("mJ above idle", "lowest to highest", "W") if report.timings[0].energy else ()
+    table(title, ("", "mean ms", "p50 ms", "p95 ms", "mean ratio", "quartiles", "accuracy", *energy), rows)
     left = ", ".join(f"{name} {percent(share)}" for name, share in report.exits.items())
     say(f"Left at: {left}; mean cost {report.mean_macs_share:.3f} of the network's.")
 
@@ -145,6 +148,8 @@ def artifact(opened: Artifact) -> None:
         masks(opened.masks)
     for name, made in opened.profiles.items():
         profile(name, made)
+    for name, measured in opened.times.items():
+        times(name, measured, opened.plan)
     for library in opened.targets.values():
         compiled(opened, library)
 
@@ -162,6 +167,20 @@ def compiled(artifact: Artifact, made: Compiled) -> None:
         ("segment", "multiply-adds", "runs on", "difference"),
         rows,
     )
+
+
+def times(name: str, found: SegmentTimes, plan: Plan) -> None:
+    """How long segments take."""
+    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    rows = [(s.name, millions(s.cost.macs), f"{found.segments[s.name]:.4f}") for s in plan.segments]
+    rows.append(("the network without exits", millions(plan.full_macs), f"{found.whole_ms:.4f}"))
+    table(f"Times {name}: {found.engine}, {threads}, {found.conditions}; medians of {found.rounds}", ("segment", "multiply-adds", "ms"), rows)
+
+
+def findings(found: Sequence[Finding]) -> None:
+    """What a machine has, and what helps where it lacks something."""
+    marks = {"right": "yes", "absent": "no", "wrong": "WRONG"}
+    table("", ("", "", "found", "what helps"), [(f.topic, marks[f.state], f.text, f.hint) for f in found])
 
 
 def targets(boards: Sequence[Target]) -> None:

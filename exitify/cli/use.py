@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitify.cli import show, tables
-from exitify.cli.build import ARTIFACT, DATA, JSON, SKIP, THREADS
+from exitify.cli.build import ARTIFACT, DATA, JSON, OUTPUT, SKIP, THREADS
 from exitify.errors import DataError, ModelError, first_line
 from exitify.plan import mask_text
 
@@ -117,6 +117,7 @@ def bench(
     samples: Annotated[int, typer.Option(min=2, help="How many to time.")] = 1000,
     model: Annotated[str | None, typer.Option(help="The original, for torch and inductor; its weights are taken from the artifact.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
+    energy: Annotated[bool, typer.Option("--energy", help="Measure what an answer takes from a Jetson's supply, above idle.")] = False,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Time the artifact against the same network without exits: same process, same threads, in turn."""
@@ -130,16 +131,44 @@ def bench(
     module = original_module(opened, model, trust) if {"torch", "inductor"} & set(contenders) else None
     with show.progress_bar() as progress:
         report = time_all(
-            opened, loaded, against=contenders, profile=profile, engine=engine, threads=threads, most=samples, model=module, progress=progress
-        )
+            opened, loaded, against=contenders, profile=profile, engine=engine, threads=threads, most=samples, model=module, energy=energy,
+            progress=progress,
+        )  # fmt: skip
     if json:
         show.as_json(report)
         return
     tables.timings(report)
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     timing = show.call("exitify.bench", opening, "samples", against=(tuple(contenders), ("onnxruntime",)), profile=(profile, None),
-                       engine=(engine, "auto"), threads=(threads, 1), most=(samples, 1000))  # fmt: skip
+                       engine=(engine, "auto"), threads=(threads, 1), most=(samples, 1000), energy=(energy, False))  # fmt: skip
     show.python_call(timing)
+
+
+def measure(
+    artifact: Annotated[Path, ARTIFACT],
+    engine: Annotated[str, ENGINE] = "auto",
+    threads: Annotated[int, THREADS] = 1,
+    name: Annotated[str, typer.Option(help="Name to store the times under; by default the board, its power mode and the engine.")] = "",
+    output: Annotated[Path | None, OUTPUT] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Time every segment here and write the times into the artifact, so that `calibrate --budget-ms --times` can serve this machine from another."""
+    from exitify.artifact.artifact import Artifact
+    from exitify.calibration.segment_times import measure_segments, name_of
+
+    opened = Artifact.open(artifact)
+    with show.progress_bar() as progress:
+        times = measure_segments(opened, engine=engine, threads=threads, progress=progress)
+    called = name or name_of(times)
+    opened.with_times(called, times).save(output or artifact)
+    if json:
+        show.as_json({"output": str(output or artifact), "name": called, **vars(times)})
+        return
+    tables.times(called, times, opened.plan)
+    print(f"Wrote {output or artifact}. Next: `exitify calibrate {output or artifact} --data DIR --budget-ms MS --times {called}`")
+    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
+    timing = show.call("exitify.measure_segments", opening, engine=(engine, "auto"), threads=(threads, 1))
+    show.python_call(f"{opening}.with_times({called!r}, {timing}).save({str(output or artifact)!r})")
 
 
 def original_module(artifact: Artifact, model: str | None, trust: bool) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ import tvm_ffi
 from tvm import relax, tirx
 
 from exitify.lower.library import Kernels, build
-from exitify.lower.nvrtc import Compiler, GpuCode
+from exitify.lower.nvrtc import Compiler, GpuCode, compiler_for
 from exitify.lower.processors import Machine, machine_of
-from exitify.runtime.engines.cuda import MARK, NoGpu, gpu_at_hand
+from exitify.runtime.engines.cuda import INLINE, MARK, NoGpu, gpu_at_hand
 from exitify.targets import Target, TargetError
 
 THREADS_A_BLOCK, SHARED_BYTES_A_BLOCK, WARP = 1024, 48 * 1024, 32
@@ -31,11 +32,13 @@ class GpuMachine:
     """A GPU that code is made for, and the processor beside it.
 
     architecture: CUDA's, `sm_87`. tuned_on: What measurements hold for.
+    driver: CUDA version of the driver that is to load the code, `12.6`; empty where that is not known.
     """
 
     architecture: str
     host: Machine
     tuned_on: str
+    driver: str = ""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -48,6 +51,11 @@ class GpuMachine:
             "thread_warp_size": WARP,
             "host": self.host.description,
         }
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What measurements depend on."""
+        return "cuda", self.architecture, self.tuned_on
 
     @property
     def target(self) -> tvm.target.Target:
@@ -63,11 +71,11 @@ class GpuMachine:
             return False
 
 
-def gpu_machine_of(board: Target, architecture: str = "") -> GpuMachine:
+def gpu_machine_of(board: Target, architecture: str = "", driver: str = "") -> GpuMachine:
     """Return what to make code for.
 
     Args:
-        architecture: In place of the board's own, for a board whose GPU is the one at hand.
+        architecture: In place of the board's own, for a board whose GPU is the one at hand. driver: See `GpuMachine`.
 
     Raises:
         TargetError: the board has no GPU, or it is the machine at hand and that has none.
@@ -88,7 +96,7 @@ def gpu_machine_of(board: Target, architecture: str = "") -> GpuMachine:
             tuned_on = architecture
     if not wanted.startswith("sm_") or not wanted[3:].rstrip("a").isdigit():
         raise TargetError(f"{wanted!r} is no architecture of NVIDIA's GPUs", "sm_87 for instance, compute capability 8.7")
-    return GpuMachine(wanted, machine_of(board), tuned_on)
+    return GpuMachine(wanted, machine_of(board), tuned_on, driver)
 
 
 def build_for_gpu(
@@ -99,10 +107,28 @@ def build_for_gpu(
     TVM writes CUDA source. In its place the executable gets a mark, `MARK` and the source's sha256; the kernels stand beside it, as machine
     code and as PTX, and the engine hands TVM the one that the GPU at hand takes. So nothing of CUDA but NVRTC is needed here.
     """
-    with _sources_taken() as sources:
+    sources: list[str] = []
+
+    def take(source: str) -> str:
+        sources.append(source)
+        return _mark(source)
+
+    with _text_for_kernels(take):
         executable = build(kernels, scheduled, machine)
     (source,) = sources
     return executable, _mark(source), compiler.compile(source, machine.architecture)
+
+
+@contextlib.contextmanager
+def kernels_inline(architecture: str, driver: str) -> Iterator[None]:
+    """Libraries that are built meanwhile hold their kernels' machine code as text, which `accept_kernels` reads: to be timed and forgotten.
+
+    Raises:
+        NoCompiler: there is no NVRTC for that driver.
+    """
+    compiler = compiler_for(driver)
+    with _text_for_kernels(lambda source: INLINE + base64.b64encode(compiler.compile(source, architecture).cubin).decode()):
+        yield
 
 
 def _mark(source: str) -> str:
@@ -110,17 +136,15 @@ def _mark(source: str) -> str:
 
 
 @contextlib.contextmanager
-def _sources_taken() -> Iterator[list[str]]:
-    """The CUDA sources that TVM writes meanwhile; what it stores is a mark for each."""
-    sources: list[str] = []
+def _text_for_kernels(text_for: Callable[[str], str]) -> Iterator[None]:
+    """For each CUDA source that TVM writes meanwhile it stores this text."""
 
     def take(source: str, target: Any) -> str:
-        sources.append(source)
-        return _mark(source)
+        return text_for(source)
 
     # Where TVM finds its CUDA runtime it would compile the mark; without the constructor of its CUDA modules it stores text.
     with _lock, _global_function(_POSTPROCESS, take), _global_function(_CREATE, None):
-        yield sources
+        yield
 
 
 @contextlib.contextmanager

@@ -53,6 +53,18 @@ class AnyMachine(Protocol):
     """What kernels are lowered and built for: a `Machine`, or a `GpuMachine`."""
 
     @property
+    def description(self) -> dict[str, Any]:
+        """TVM's target as plain values."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What measurements depend on."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the machine at hand can run the code."""
+
+    @property
     def target(self) -> tvm.target.Target:
         """TVM's target."""
 

@@ -70,12 +70,13 @@ def compile_artifact(
     """
     name = target_name(target.name, on_gpu=device == "gpu", precision=precision)
     check_name("target", name)
-    machine = machine_of(target) if device == "cpu" else gpu_machine_of(target, architecture)
+    driver = driver_of(target, jetpack) if device == "gpu" else ""
+    machine = machine_of(target) if device == "cpu" else gpu_machine_of(target, architecture, driver)
     host = machine if isinstance(machine, Machine) else machine.host
     if trials and runner is None and not machine.is_here:
         raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
     command = linker(host.triple.split("-")[0], processor.architecture())
-    compiler = compiler_for(driver_of(target, jetpack)) if device == "gpu" else None
+    compiler = compiler_for(driver) if device == "gpu" else None
     steps = ("lowering", "compiling", "linking", "checking")
 
     def begin(step: str) -> None:
@@ -168,7 +169,7 @@ def _schedules(
 ) -> tuple[dict[str, tirx.PrimFunc], int]:
     """Each kernel by what was chosen for it, else by default; and how many candidates were measured for them."""
     scheduled = scheduled_by_default(kernels, machine)
-    if (database is None and not trials) or isinstance(machine, GpuMachine):
+    if database is None and not trials:
         return scheduled, 0
     database = database or Database(default_folder())
     tasks = tasks_of(kernels, machine)

@@ -38,6 +38,11 @@ class Machine:
         return {**described, "mattr": list(self.attributes)} if self.attributes else described
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """What measurements depend on."""
+        return self.triple, self.cpu, self.attributes, self.vectors, self.tuned_on
+
+    @property
     def target(self) -> tvm.target.Target:
         """TVM's target."""
         return tvm.target.Target(self.description)

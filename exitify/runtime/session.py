@@ -19,7 +19,7 @@ from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL, SCORES, Mask, Stretch, mask_text
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import Array, Bound, Engine, Runner
-from exitify.targets import processor
+from exitify.targets.board import conditions
 
 COPY_MACS_A_BYTE = 4
 """What copying a byte costs beside computing: 10 GB/s against 40 GMAC/s. Rows that have left a batch are dropped when
@@ -150,7 +150,7 @@ class Session:
 
         Raises:
             UnknownProfile: there is none of that name.
-            DataError: nothing was measured, or with another engine or processor, or every mask takes longer than the budget.
+            DataError: nothing was measured, or under other conditions, or every mask takes longer than the budget.
         """
         if budget_ms is not None:
             self._setup = self._plain_setup(self.artifact.plan.mask(self._mask_within(budget_ms)))
@@ -271,10 +271,11 @@ class Session:
         table = self.artifact.masks
         if table is None:
             raise DataError("the artifact does not say how long its masks take", "measure them on this machine: exitify calibrate --budget-ms")
-        here = (self.engine.name, self.engine.threads, processor.model_name())
-        if (table.engine, table.threads, table.processor) != here:
+        here = (self.engine.full_name, self.engine.threads, conditions())
+        if (table.engine, table.threads, table.conditions) != here:
             raise DataError(
-                f"the masks were timed with {table.engine} on {table.threads} of {table.processor}'s threads, and not as they run here",
+                f"the masks were timed with {table.engine} and {table.threads} threads on {table.conditions}, "
+                f"and this is {here[0]} and {here[1]} on {here[2]}",
                 f"measure them here: exitify calibrate --budget-ms --engine {here[0]} --threads {here[1]}",
             )
         within = [mask for mask, measured in table.masks.items() if measured.ms <= budget_ms]

@@ -116,9 +116,11 @@ def train_heads(
     with _torch_threads(threads):
         best, reports = _fit(artifact, heads, files, validation, samples.labels, options, checkpoint, progress)
     tensors = {f"{HEADS}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
-    kept = {path: data for path, data in artifact.files.items() if not path.startswith("profiles/") and path != MASKS_FILE}
+    kept = {path: data for path, data in artifact.files.items() if not path.startswith(("profiles/", "times/")) and path != MASKS_FILE}
     manifest = replace(artifact.manifest, heads_trained=True, training_data=samples.identity())
     trained = build_artifact(manifest, {**kept, HEADS_FILE: write_tensors(tensors)})
+    for name, times in artifact.times.items():  # how long a head takes does not depend on its numbers
+        trained = trained.with_times(name, replace(times, model_id=trained.manifest.model_id))
     if save_to is not None:
         trained.save(save_to)
     shutil.rmtree(folder)

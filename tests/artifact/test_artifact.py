@@ -268,7 +268,7 @@ def test_a_manifest_with_other_fields_or_types_is_refused(artifact, edit, messag
 
 
 def test_records_that_are_too_long_are_refused(artifact):
-    clause = "manifest.json, each profile, masks.json and each compiled.json have at most 16777216 bytes"
+    clause = "manifest.json, each profile, masks.json, times and each compiled.json have at most 16777216 bytes"
     assert LARGEST_RECORD == 16777216
     files = files_of(artifact)
     with refused(clause, match=r"manifest\.json has 16777217 bytes"):

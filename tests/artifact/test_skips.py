@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from exitify.artifact.artifact import MASKS_FILE, Artifact, build_artifact, graph_path, target_path
-from exitify.artifact.manifest import Compiled, CompiledSegment, MaskMeasured, MaskTable
+from exitify.artifact.manifest import Compiled, CompiledSegment, Conditions, MaskMeasured, MaskTable
 from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.artifact.tensors import write_tensors
 from exitify.plan import Plan
@@ -37,7 +37,9 @@ def artifact() -> Artifact:
 
 
 def table(artifact: Artifact, **changes: object) -> MaskTable:
-    made = MaskTable(artifact.manifest.model_id, "onnxruntime", 1, "a processor", 100, "", {"000": MaskMeasured(0.9, 0.0, 1.0, 2.0)})
+    made = MaskTable(
+        artifact.manifest.model_id, "onnxruntime", 1, Conditions("a processor", "", ""), 100, "", {"000": MaskMeasured(0.9, 0.0, 1.0, 2.0)}
+    )
     return replace(made, **changes)  # type: ignore[arg-type]
 
 

@@ -240,7 +240,7 @@ def test_a_record_that_is_too_long_is_refused(artifact: Artifact) -> None:
     padded = bytes(artifact.files[path]).ljust(LARGEST_RECORD)
     assert reopened(build_artifact(artifact.manifest, {**artifact.files, path: padded})).targets == artifact.targets
     with refused(
-        "manifest.json, each profile, masks.json and each compiled.json have at most 16777216 bytes", match="compiled.json has 16777217 bytes"
+        "manifest.json, each profile, masks.json, times and each compiled.json have at most 16777216 bytes", match="compiled.json has 16777217 bytes"
     ):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: padded + b" "}))
 

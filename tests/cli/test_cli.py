@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import shutil
@@ -19,13 +20,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from exitify import benchmark
 from exitify.artifact import container
 from exitify.artifact.artifact import WEIGHTS_FILE, Artifact
+from exitify.board.power import find_rails, measure
 from exitify.cli import app
 from exitify.pictures import pixels_to_inputs
 from exitify.runtime.session import Session
 from exitify.train import heads as training
 from tests import digits, digits_net
+from tests.board import sysfs
 from tests.cli.console import BUFFERED, COMMAND, Done, contents, exitify, process, refused
 
 MODEL = ("digits_net:build", "--weights", "weights.safetensors")
@@ -168,6 +172,39 @@ def test_bench_compares_with_the_network_in_torch_and_onnxruntime(made: Path) ->
     assert sum(document["exits"].values()) == pytest.approx(1)
 
 
+def test_bench_measures_what_answers_take_from_a_boards_supply(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rails = find_rails(sysfs.board(tmp_path, milliamps=1210))
+    monkeypatch.setattr(benchmark, "find_rails", lambda: rails)
+    monkeypatch.setattr(benchmark, "measure", functools.partial(measure, seconds=0.05, idle=0.05, rounds=2, wait=lambda seconds: None))
+    arguments = ("bench", "net.exitify", "--data", "test.npz", "--samples", 20, "--energy")
+    document = exitify(*arguments, "--json", folder=made).document
+    for timing in document["timings"]:
+        energy = timing["energy"]
+        assert (energy["watts"], energy["idle_watts"], energy["mj"]) == pytest.approx((6.05, 6.05, 0.0), abs=1e-6)
+        assert energy["total_mj"] > 0
+    assert document["conditions"]["power_mode"] == ""
+    done = exitify(*arguments, folder=made)
+    assert (done.code, done.err) == (0, "")
+    for text in ("mJ above idle", "lowest to highest", "6.05"):
+        assert text in done.out
+
+
+def test_energy_on_a_machine_that_is_no_jetson_is_refused(made: Path) -> None:
+    done = exitify("bench", "net.exitify", "--data", "test.npz", "--energy", folder=made)
+    assert (done.code, done.err) == (1, "exitify: energy is measured on a Jetson, and this machine is none\n  hint: leave --energy out\n")
+
+
+def test_times_taken_here_serve_a_calibration(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "timed.exitify"
+    called = exitify("measure", "net.exitify", "-o", path, "--json", folder=made).document["name"]
+    times = Artifact.open(path).times[called]
+    budget = 10 * times.whole_ms
+    done = exitify("calibrate", path, "--data", "calibration.npz", "--budget-ms", budget, "--times", called, "--json", folder=made).document
+    assert done["promise"]["kept"]
+    assert done["promise"]["mean_ms"] <= budget
+    assert Artifact.open(path).times == {called: times}
+
+
 def test_inspect_tells_everything_and_changes_nothing(journey: dict[str, Any], made: Path) -> None:
     before = contents(made)
     document = exitify("inspect", "net.exitify", "--json", folder=made).document
@@ -232,6 +269,10 @@ TABLES = {
     "bench": (
         ("bench", "net.exitify", "--data", "test.npz", "--samples", 20),
         ("20 samples, batch 1, 1 thread", "onnxruntime", "Left at: exit1"),
+    ),
+    "measure": (
+        ("measure", "net.exitify", "--name", "here", "-o", "OUT"),
+        ("Times here: onnxruntime, 1 thread, ", "the network without exits", "--times here"),
     ),
     "export": (("export", "net.exitify", "-o", "OUT"), ("multiply-adds, 1.000 of the whole network",)),
 }
@@ -495,9 +536,28 @@ def test_a_wrong_usage_ends_with_two(shelf: Path, arguments: tuple[object, ...])
     assert contents(shelf) == before
 
 
-@pytest.mark.parametrize("command", ["", "transform", "train", "calibrate", "compile", "run", "bench", "inspect", "export", "targets"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "transform",
+        "train",
+        "calibrate",
+        "compile",
+        "run",
+        "bench",
+        "measure",
+        "inspect",
+        "export",
+        "targets",
+        "doctor",
+        "board serve",
+        "board tracker",
+        "board sidecar",
+    ],
+)
 def test_every_command_has_help(tmp_path: Path, command: str) -> None:
-    done = exitify(*filter(None, [command]), "--help", folder=tmp_path)
+    done = exitify(*command.split(), "--help", folder=tmp_path)
     assert (done.code, done.err) == (0, "")
     assert f"Usage: exitify {command}".strip() in done.out
 

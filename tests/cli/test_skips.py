@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 
 from exitify.artifact.artifact import Artifact, build_artifact
-from exitify.artifact.manifest import MaskMeasured, MaskTable
+from exitify.artifact.manifest import Conditions, MaskMeasured, MaskTable
 from exitify.plan import FINAL
 from exitify.records import to_json
 from exitify.runtime.session import Session
@@ -131,7 +131,9 @@ def test_calibrate_for_a_time_measures_masks_and_run_uses_them(folder, tmp_path)
 def test_training_heads_again_drops_what_was_measured_of_masks(folder, tmp_path):
     copy = tmp_path / "net.exitify"
     artifact = Artifact.open(folder / "net.exitify")
-    table = MaskTable(artifact.manifest.model_id, "onnxruntime", 1, "a processor", 80, "", {"000": MaskMeasured(0.9, 0.0, 1.0, 2.0)})
+    table = MaskTable(
+        artifact.manifest.model_id, "onnxruntime", 1, Conditions("a processor", "", ""), 80, "", {"000": MaskMeasured(0.9, 0.0, 1.0, 2.0)}
+    )
     artifact.with_masks(table).save(copy)
     done = exitify("train", copy, "--data", "data.npz", "--epochs", 1, "--copies", 1, folder=folder)
     assert "Dropped what was measured of masks: `exitify calibrate --budget-ms` measures it again." in done.out.splitlines()

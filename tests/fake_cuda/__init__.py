@@ -16,7 +16,13 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\((.*?)\) \{')
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\((.*?)\) \{')
+_FOR_PROCESSORS = (
+    (r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];", rf"alignas(\1) static \2 \3[{163 * 1024}];"),  # as much as an Orin has
+    (r"__shared__ alignas\((\d+)\)", r"alignas(\1) static"),
+    (r'asm volatile\("cp\.async\.(?:commit_group|wait_group \d+);"[^;]*\);', ";"),  # what is copied is there at once
+)
+"""What TVM's source says otherwise to a GPU."""
 
 
 class CannotFake(Exception):
@@ -65,7 +71,8 @@ class FakeGpu:
             signature = f'extern "C" void run_{kernel}(void **a, const unsigned *grid, const unsigned *block, unsigned)'
             runners.append(f"{signature} {{ on_processor::launch(grid, block, [=] {{ {kernel}({arguments}); }}); }}")
         path, library = self.folder / f"{name}.cpp", self.folder / f"lib{name}.so"
-        source = re.sub(r"__shared__ alignas\((\d+)\)", r"alignas(\1) static", source)
+        for theirs, ours in _FOR_PROCESSORS:
+            source = re.sub(theirs, ours, source)
         path.write_text("\n".join(['#include "on_processor.hpp"', source, *runners]))
         _run("g++", "-shared", "-fPIC", "-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", f"-I{FOLDER}", f"-I{self.folder}", "-o", library, path)
         return library

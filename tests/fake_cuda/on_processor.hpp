@@ -102,6 +102,8 @@ template <class T> T of_lane(T value, unsigned lane) {
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __host__
+#define __align__(n) alignas(n)
 #define __shared__ static
 #define __launch_bounds__(...)
 

@@ -1,6 +1,7 @@
 /* CUDA's runtime without a GPU: libcudart.so.13, as much of it as TVM calls. The GPU's memory is the machine's own. */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, NO_DEVICE = 100 };
 enum { MAJOR = 75, MINOR = 76 };
@@ -36,11 +37,14 @@ int cudaStreamCreate(void **stream) { *stream = NULL; return SUCCESS; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { return cudaStreamCreate(stream); }
 int cudaStreamDestroy(void *stream) { return SUCCESS; }
 int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) { return SUCCESS; }
-int cudaEventCreate(void **event) { *event = NULL; return SUCCESS; }
-int cudaEventDestroy(void *event) { return SUCCESS; }
-int cudaEventRecord(void *event, void *stream) { return SUCCESS; }
+int cudaEventCreate(void **event) { *event = calloc(1, sizeof(struct timespec)); return SUCCESS; }
+int cudaEventDestroy(void *event) { free(event); return SUCCESS; }
+int cudaEventRecord(void *event, void *stream) { clock_gettime(CLOCK_MONOTONIC, event); return SUCCESS; }
 int cudaEventSynchronize(void *event) { return SUCCESS; }
-int cudaEventElapsedTime(float *ms, void *start, void *end) { *ms = 1; return SUCCESS; }
+int cudaEventElapsedTime(float *ms, const struct timespec *start, const struct timespec *end) {
+    *ms = 1e3 * (end->tv_sec - start->tv_sec) + 1e-6 * (end->tv_nsec - start->tv_nsec);
+    return SUCCESS;
+}
 int cudaGetLastError(void) { return SUCCESS; }
 int cudaPeekAtLastError(void) { return SUCCESS; }
 const char *cudaGetErrorName(int error) { return "cudaError"; }

@@ -109,6 +109,19 @@ def test_every_exit_says_what_it_says_in_onnxruntime(network: tuple[Artifact, Pa
             np.testing.assert_allclose(said[name], logits, rtol=1e-4, atol=1e-4 * np.abs(logits).max())
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_float16_every_exit_says_what_it_says_in_onnxruntime(name: str, gpu: FakeGpu, tmp_path: Path) -> None:
+    artifact, source = on_gpu(name, "fp16")
+    assert artifact.targets[f"{GPU}.fp16"].gpu is not None
+    x = inputs(4)
+    gpu.python(RECORD, *saved(artifact, x, tmp_path), tmp_path / "said.npz", kernels=gpu.kernels_of(source, f"{name}-fp16"))
+    expected = Session(artifact, profile="none").record(x).logits
+    with np.load(tmp_path / "said.npz") as said:
+        assert sorted(said) == sorted(expected)
+        for logits_name, logits in expected.items():
+            assert 0 < np.abs(said[logits_name] - logits).max() < 1e-2 * np.abs(logits).max()
+
+
 def test_exits_are_taken_where_onnxruntime_takes_them(network: tuple[Artifact, Path], gpu: FakeGpu, tmp_path: Path) -> None:
     artifact, kernels = network
     x = inputs(12)

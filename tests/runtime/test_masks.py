@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import MaskMeasured, MaskTable
+from exitify.artifact.manifest import Conditions, MaskMeasured, MaskTable
 from exitify.errors import DataError, LibraryRefused, MalformedManifest, PlanError
 from exitify.lower.pipeline import compile_artifact
 from exitify.plan import FINAL
 from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from exitify.runtime.session import Session
-from exitify.targets import load_target, processor
+from exitify.targets import load_target
+from exitify.targets.board import conditions
 from tests.artifacts import profile_for
 from tests.skipping import MASKS, pictures, skipping, torch_says
 
@@ -174,7 +175,7 @@ def test_threads_under_different_masks_do_not_disturb_each_other():
 
 def measured(**times: float) -> MaskTable:
     rows = {name.removeprefix("m"): MaskMeasured(0.5 + ms / 100, 0.1, 0.5, ms) for name, ms in times.items()}
-    return MaskTable(skipping()[1].manifest.model_id, "onnxruntime", 1, processor.model_name(), 100, "", rows)
+    return MaskTable(skipping()[1].manifest.model_id, "onnxruntime", 1, conditions(), 100, "", rows)
 
 
 def test_a_budget_takes_the_most_accurate_mask_that_fits():
@@ -192,7 +193,7 @@ def test_a_budget_that_no_mask_fits_is_refused():
         session().use(budget_ms=3)
 
 
-@pytest.mark.parametrize("change", [{"engine": "tvm"}, {"threads": 4}, {"processor": "another"}])
+@pytest.mark.parametrize("change", [{"engine": "tvm"}, {"threads": 4}, {"conditions": Conditions("another", "", "")}])
 def test_times_of_another_engine_or_machine_are_not_used(change):
     running = Session(skipping()[1].with_masks(replace(measured(m000=10.0), **change)))
     with pytest.raises(DataError, match=r"the masks were timed with .*\n  hint: measure them here: .*--engine onnxruntime --threads 1"):

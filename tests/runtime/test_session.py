@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -30,6 +31,7 @@ from exitify.runtime.engines import onnxruntime as onnxruntime_engine
 from exitify.runtime.engines.base import Bound, Engine
 from exitify.runtime.session import Answer, Session
 from tests.artifacts import EXITS, exported, inputs, profile_for, with_contract
+from tests.compiled import thresholds as thresholds_for
 
 RTOL, ATOL = 1e-4, 1e-5
 """ONNX Runtime picks other kernels for other batch sizes, and folds norms where a cut does not stand in the way."""
@@ -218,6 +220,50 @@ def test_an_unavailable_provider_is_refused_with_those_there_are(provider, monke
     monkeypatch.setattr(onnxruntime_engine.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(EngineError, match=f"no '{provider}' provider\n  hint: it offers onnxruntime:cpu$"):
         Session(artifact, engine=f"onnxruntime:{provider}")
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime as if it had a GPU: sessions say that they run there, and arrays are copied there and back."""
+    ort = onnxruntime_engine.ort
+    make, place = ort.InferenceSession, ort.OrtValue.ortvalue_from_numpy
+
+    def session(model: bytes, options: object, providers: object) -> object:
+        made = make(model, options, providers=["CPUExecutionProvider"])
+        made.get_providers = lambda: providers
+        return made
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", lambda array, device="cpu", number=0: place(array.copy() if device == "cuda" else array))
+
+
+def test_on_a_gpu_values_are_copied_there_and_what_is_read_comes_back(monkeypatch):
+    artifact = exported("identity")[1]
+    artifact = artifact.with_profile("default", profile_for(artifact, thresholds_for(artifact, inputs(8))))
+    expected = [Session(artifact).run(x) for x in inputs(8)]
+    on_a_gpu(monkeypatch)
+    session = Session(artifact, engine="onnxruntime:cuda")
+    for x, answer in zip(inputs(8), expected):
+        found = session.run(x)
+        assert (found.exit, found.logits.tolist()) == (answer.exit, answer.logits.tolist())
+    assert len({answer.exit for answer in expected}) > 1
+
+
+def test_a_provider_that_silently_does_not_start_is_an_error(monkeypatch):
+    ort = onnxruntime_engine.ort
+    make = ort.InferenceSession
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda model, options, providers: make(model, options, providers=["CPUExecutionProvider"]))
+    with pytest.raises(EngineError, match=r"^ONNX Runtime's CUDAExecutionProvider does not start here: its sessions run on CPUExecutionProvider\n"):
+        Session(exported("identity")[1], engine="onnxruntime:cuda")
+
+
+def test_engines_that_tensorrt_built_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name, options = onnxruntime_engine._with_options("TensorrtExecutionProvider")
+    assert (name, options["trt_engine_cache_enable"]) == ("TensorrtExecutionProvider", "1")
+    assert Path(options["trt_engine_cache_path"]).is_dir()
+    assert onnxruntime_engine._with_options("CUDAExecutionProvider") == "CUDAExecutionProvider"
 
 
 def test_auto_and_a_named_provider_are_onnx_runtime():

@@ -290,7 +290,7 @@ def test_it_needs_tvms_runtime_and_says_how_to_install_it(monkeypatch: pytest.Mo
         patch.delattr(engines, "tvm")
         with pytest.raises(EngineError, match=r"the engine 'tvm' needs tvm_ffi, which is not installed\n  hint: pip install 'exitify\[tvm\]'"):
             Session(artifact, engine="tvm")
-    tvm_engine._load_runtime.cache_clear()
+    tvm_engine.load_runtime.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EngineError, match=r"the engine 'tvm' needs apache-tvm, which is not installed\n  hint: pip install 'exitify\[tvm\]'"):
         Session(artifact, engine="tvm")

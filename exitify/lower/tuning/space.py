@@ -13,38 +13,62 @@ from typing import Any
 from tvm import tirx
 from tvm.s_tir import Schedule, Trace
 
-from exitify.lower.library import silent_stderr
+from exitify.lower.library import AnyMachine, silent_stderr
 from exitify.lower.processors import Machine
-from exitify.lower.schedules import convolution, default_schedule
+from exitify.lower.schedules import convolution, default_schedule, gpu
 from exitify.lower.tuning.database import Choice, Known, choice_text
 
 
-def candidates(kernel: tirx.PrimFunc, machine: Machine, known: Known, seed: int) -> Iterator[Choice | None]:
+def candidates(kernel: tirx.PrimFunc, machine: AnyMachine, known: Known, seed: int) -> Iterator[Choice | None]:
     """Yield what to measure next, the default (None) first; ends when there is nothing left.
 
     `known` is read again before each: of a convolution's choices those nearest to the best come first.
     """
     if choice_text(None) not in known.seconds:
         yield None
-    ours = convolution.choices(kernel, machine.vectors)
+    ours = convolution.choices(kernel, machine.vectors) if isinstance(machine, Machine) else []
     if ours:
         yield from _nearest(ours, known, random.Random(seed))  # noqa: S311
-    else:
+    elif isinstance(machine, Machine):
         yield from _random_programs(kernel, machine, known, seed)
+    else:
+        yield from _in_turn([_random_programs(kernel, machine, known, seed, rules) for rules in _rules_for(kernel)])
 
 
-def apply(kernel: tirx.PrimFunc, choice: Choice | None, machine: Machine) -> tirx.PrimFunc:
+def _rules_for(kernel: tirx.PrimFunc) -> tuple[str, ...]:
+    """MetaSchedule's sets of rules for a GPU; those for tensor cores where there is float16 to multiply."""
+    reads_half = any(str(parameter.dtype) == "float16" for parameter in kernel.params)
+    return ("cuda-tensorcore", "cuda") if reads_half else ("cuda",)
+
+
+def _in_turn(several: list[Iterator[Choice]]) -> Iterator[Choice]:
+    """One of each, until all have ended."""
+    while several:
+        for one in list(several):
+            try:
+                yield next(one)
+            except StopIteration:
+                several.remove(one)
+
+
+def apply(kernel: tirx.PrimFunc, choice: Choice | None, machine: AnyMachine) -> tirx.PrimFunc:
     """The kernel, scheduled.
 
     Raises:
         Exception: of TVM, when the choice does not fit the kernel.
     """
+    if not isinstance(machine, Machine):
+        return gpu.default_schedule(kernel, machine.target) if choice is None else _by_trace(kernel, choice)
     if choice is None:
         return default_schedule(kernel, machine.vectors).mod["main"]
     if "convolution" in choice:
         made = convolution.schedule(kernel, machine.vectors, convolution.Choice(**choice["convolution"]))
         assert made is not None
         return made.mod["main"]
+    return _by_trace(kernel, choice)
+
+
+def _by_trace(kernel: tirx.PrimFunc, choice: Choice) -> tirx.PrimFunc:
     schedule = Schedule(kernel)
     Trace.apply_json_to_schedule(choice["trace"], schedule)
     return schedule.mod["main"]
@@ -70,17 +94,18 @@ def _as_data(choice: convolution.Choice) -> Choice:
     return {"convolution": dataclasses.asdict(choice)}
 
 
-def _random_programs(kernel: tirx.PrimFunc, machine: Machine, known: Known, seed: int) -> Iterator[Choice]:
-    """MetaSchedule's programs for the kernel, each once."""
+def _random_programs(kernel: tirx.PrimFunc, machine: AnyMachine, known: Known, seed: int, rules: str = "") -> Iterator[Choice]:
+    """MetaSchedule's programs for the kernel, each once. rules: By name; those of the target otherwise."""
     with _quick_inspection():
         import tvm.s_tir.tensor_intrin  # what takes so long; a TuneContext imports it
         from tvm.s_tir import meta_schedule
 
+    generator = meta_schedule.space_generator.PostOrderApply
     with silent_stderr():
         context = meta_schedule.TuneContext(
             tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}),
             target=machine.target,
-            space_generator="post-order-apply",
+            space_generator=generator(**dict.fromkeys(("sch_rules", "postprocs", "mutator_probs"), rules)) if rules else "post-order-apply",
             search_strategy="replay-trace",
             task_name="kernel",
             rand_state=seed + 1,

@@ -12,8 +12,7 @@ import tvm
 from tvm import relax, tirx
 from tvm_ffi import structural_hash
 
-from exitify.lower.library import Kernels
-from exitify.lower.processors import Machine
+from exitify.lower.library import AnyMachine, Kernels
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Task:
     calls: int
 
 
-def tasks_of(kernels: Kernels, machine: Machine) -> list[Task]:
+def tasks_of(kernels: Kernels, machine: AnyMachine) -> list[Task]:
     """The tasks, those of one key joined."""
     calls: Counter[str] = Counter()
 
@@ -49,8 +48,8 @@ def tasks_of(kernels: Kernels, machine: Machine) -> list[Task]:
     return list(tasks.values())
 
 
-def task_key(kernel: tirx.PrimFunc, machine: Machine) -> str:
+def task_key(kernel: tirx.PrimFunc, machine: AnyMachine) -> str:
     """The content hash under which a kernel's measurements are kept; names of variables do not count."""
     structure = structural_hash(kernel.without_attr("global_symbol"), map_free_vars=True)
-    parts = (structure, machine.triple, machine.cpu, machine.attributes, machine.vectors, machine.tuned_on, importlib.metadata.version("apache-tvm"))
+    parts = (structure, *machine.identity, importlib.metadata.version("apache-tvm"))
     return hashlib.sha256(repr(parts).encode()).hexdigest()

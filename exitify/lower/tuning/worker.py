@@ -5,14 +5,21 @@ What it compiles may crash LLVM, read where it must not, or never end; its paren
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from exitify.lower.linking import link_with
 
 BEYOND_THE_CACHE = 4 * 2**20
 """Bytes of weights that are read before the same ones come again."""
@@ -34,15 +41,22 @@ def main() -> None:
     del tvm
 
 
-def seconds_of(kernels: list[str], target: dict[str, Any], repeats: int) -> list[float]:
+def seconds_of(kernels: list[str], target: dict[str, Any], repeats: int, driver: str, linker: Sequence[str]) -> list[float]:
     """Median seconds a call of each kernel, timed in turn so that a slower moment of the machine hits them all.
 
     Args:
         kernels: Modules with one scheduled function `main` each, TVM's JSON.
         target: What to compile for, as TVM's target describes itself. repeats: Timings of each, about 5 ms long.
+        driver: CUDA version of the GPU's driver, where the target is a GPU. linker: The command that links for it.
     """
     import tvm
 
+    if target["kind"] == "cuda":
+        with tempfile.TemporaryDirectory(prefix="exitify-") as folder:
+            modules = [tvm.ir.load_json(text) for text in kernels]
+            paths = [built(module, target, driver, linker, Path(folder, f"kernel{i}.so")) for i, module in enumerate(modules)]
+            _use_gpu()
+            return timed_in_turn([tvm.runtime.load_module(str(path)) for path in paths], modules, tvm.cuda(0), repeats)
     functions, arguments = [], []
     for text in kernels:
         module = tvm.ir.load_json(text)
@@ -63,6 +77,51 @@ def seconds_of(kernels: list[str], target: dict[str, Any], repeats: int) -> list
                 function(*one)
             found.append((time.perf_counter() - started) / number)
     return [float(np.median(found)) for found in times]
+
+
+def built(module: Any, target: dict[str, Any], driver: str, linker: Sequence[str], path: Path) -> Path:
+    """Compile a module with one scheduled function `main` and write it as a library, a GPU's kernels as text in it."""
+    import tvm
+
+    from exitify.lower.graphics import kernels_inline
+
+    of_gpu = kernels_inline(target["arch"], driver) if target["kind"] == "cuda" else contextlib.nullcontext()
+    with of_gpu:
+        tvm.compile(module, target=tvm.target.Target(target)).export_library(str(path), fcompile=link_with(linker))
+    return path
+
+
+def timed_in_turn(loaded: Sequence[Any], modules: Sequence[Any], device: Any, repeats: int) -> list[float]:
+    """Median seconds a call of each on a device, here or behind RPC.
+
+    Args:
+        loaded: Modules of the device's. modules: What they were compiled from. repeats: Timings of each, about 5 ms long.
+    """
+    import tvm
+
+    timers = [module.time_evaluator("main", device, number=1, repeat=1, min_repeat_ms=5) for module in loaded]
+    looks = [[(tuple(int(size) for size in p.shape), str(p.dtype)) for p in module["main"].params] for module in modules]
+    arguments = [[tvm.runtime.tensor(np.ones(shape, dtype), device) for shape, dtype in look] for look in looks]
+    times: list[list[float]] = [[] for _ in timers]
+    for _ in range(repeats):
+        for timer, given, found in zip(timers, arguments, times):
+            found.append(timer(*given).mean)
+    return [sorted(found)[len(found) // 2] for found in times]
+
+
+@functools.lru_cache(maxsize=1)
+def _use_gpu() -> None:
+    """TVM's CUDA runtime into this process.
+
+    Raises:
+        NoGpu: it cannot be loaded.
+    """
+    import tvm
+
+    from exitify.runtime.engines.cuda import accept_kernels, load_sidecar
+
+    load_sidecar(Path(tvm.__file__).parent / "lib")
+    accept_kernels()
 
 
 def _argument_sets(looks: list[tuple[tuple[int, ...], str]]) -> list[list[Any]]:

@@ -44,10 +44,17 @@ class Engine(abc.ABC):
     """Runs stretches of one artifact. Stretches once prepared are kept, so switching profiles back costs nothing."""
 
     name: ClassVar[str]
+    library = ""
+    """Name of the compiled library that runs, where one does."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.artifact, self.threads = artifact, threads
         self.weights = {**artifact.tensors(WEIGHTS_FILE), **artifact.tensors(HEADS_FILE)}
+
+    @property
+    def full_name(self) -> str:
+        """What times belong to: the engine, and its library."""
+        return f"{self.name}:{self.library}" if self.library else self.name
 
     @abc.abstractmethod
     def prepare(self, stretch: Stretch) -> Runner:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ class OnnxRuntimeEngine(Engine):
                 f"this installation of ONNX Runtime has no {provider!r} provider",
                 f"it offers {', '.join(f'onnxruntime:{name}' for name in offered)}",
             )
+        self.device = "cpu" if provider == "cpu" else "cuda"
         self._runners: dict[tuple[object, ...], _Runner] = {}
         self._lock = threading.Lock()
 
@@ -59,11 +62,17 @@ class OnnxRuntimeEngine(Engine):
         if outside:
             options.add_external_initializers(list(outside), [ort.OrtValue.ortvalue_from_numpy(tensor) for tensor in outside.values()])
         try:
-            return ort.InferenceSession(model, options, providers=self.providers)
+            session = ort.InferenceSession(model, options, providers=[_with_options(name) for name in self.providers])
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime refuses {', '.join(stretch.segments)}: {first_line(error)}", "update onnxruntime, or transform the model again"
             ) from error
+        if self.providers[0] not in session.get_providers():  # it goes on with the others, and says so in a log that nobody reads
+            raise EngineError(
+                f"ONNX Runtime's {self.providers[0]} does not start here: its sessions run on {', '.join(session.get_providers())}",
+                "`exitify doctor` looks at the driver; ONNX Runtime's own words are in its log",
+            )
+        return session
 
 
 class _Runner(Runner):
@@ -78,15 +87,16 @@ class _Runner(Runner):
 
 
 class _Binding(Bound):
-    """One buffer a value; what a stretch writes is where the next one reads."""
+    """One buffer a value; what a stretch writes is where the next one reads. On a GPU it stays there until somebody reads it."""
 
     def __init__(self, engine: OnnxRuntimeEngine, stretches: Sequence[Stretch], parameters: Parameters) -> None:
         self.stretches = stretches
         plan = engine.artifact.plan
         names = [plan.input, *(name for stretch in stretches for name in stretch.outputs)]
         self.buffers = {name: np.zeros((1, *plan.values[name].shape), plan.values[name].dtype) for name in names}
-        given = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in {**self.buffers, **parameters}.items()}
-        self.input = self.buffers[plan.input]
+        self.is_here = engine.device == "cpu"
+        given = {name: ort.OrtValue.ortvalue_from_numpy(array, engine.device, 0) for name, array in {**self.buffers, **parameters}.items()}
+        self.input, self._given = self.buffers[plan.input], given[plan.input]
         self.steps: list[tuple[Any, Any]] = []
         for stretch in stretches:
             session = engine.prepare(stretch).session
@@ -100,6 +110,8 @@ class _Binding(Bound):
 
     def set_input(self, x: Array) -> None:
         np.copyto(self.input, x)
+        if not self.is_here:
+            self._given.update_inplace(self.input)
 
     def step(self, index: int) -> None:
         run, binding = self.steps[index]
@@ -109,7 +121,16 @@ class _Binding(Bound):
             raise _failed(self.stretches[index], error) from error
 
     def value(self, name: str) -> Array:
-        return self.buffers[name]
+        return self.buffers[name] if self.is_here else self._alive[name].numpy()
+
+
+def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
+    """TensorRT takes minutes to build its engines: they are kept for the next session."""
+    if provider != "TensorrtExecutionProvider":
+        return provider
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exitify" / "tensorrt"
+    kept.mkdir(parents=True, exist_ok=True)
+    return provider, {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(kept)}
 
 
 def _failed(stretch: Stretch, error: Exception) -> EngineError:

@@ -80,6 +80,7 @@ class TvmEngine(Engine):
         """
         super().__init__(artifact, threads)
         self.compiled = _choose(artifact, target)
+        self.library = self.compiled.target
         if self.compiled.gpu is not None:
             offer_kernels(self.compiled.gpu.mark, _kernels(artifact, self.compiled))
         self.device: _Device = _Processor() if self.compiled.gpu is None else _Gpu()
@@ -305,7 +306,7 @@ def _choose(artifact: Artifact, target: str) -> Compiled:
     refusals: list[LibraryRefused] = []
     for name in [target] if target else sorted(targets, key=lambda name: targets[name].gpu is None):
         try:
-            _check(artifact, targets[name])
+            check_library(artifact, targets[name])
         except LibraryRefused as refusal:
             refusals.append(refusal)
             if targets[name].gpu is not None and not target:
@@ -315,8 +316,12 @@ def _choose(artifact: Artifact, target: str) -> Compiled:
     raise refusals[0]
 
 
-def _check(artifact: Artifact, compiled: Compiled) -> None:
-    """Refuse a library for another machine, another TVM, or other graphs or weights than the artifact's."""
+def check_library(artifact: Artifact, compiled: Compiled) -> None:
+    """Check all of a library that can be without loading it.
+
+    Raises:
+        LibraryRefused: it is for another machine, another TVM, or other graphs or weights than the artifact's.
+    """
     name = f"the library for {compiled.target!r}"
     architecture = compiled.triple.split("-")[0]
     if architecture != processor.architecture():
@@ -338,7 +343,7 @@ def _check(artifact: Artifact, compiled: Compiled) -> None:
     if compiled.gpu is not None:
         _kernels(artifact, compiled)
         try:
-            load_sidecar(_load_runtime())
+            load_sidecar(load_runtime())
         except NoGpu as error:
             raise LibraryRefused(f"{name} cannot run: {error.problem}", error.hint) from error
     now = source_hashes(artifact, compiled.segments)
@@ -379,7 +384,7 @@ def _number(architecture: str) -> str:
 
 def _load(library: bytes, device: _Device) -> Callable[[], Any]:
     """What makes virtual machines, functions by segment: the shared object from a file that is gone once it is loaded."""
-    _load_runtime()
+    load_runtime()
     try:
         made_for = architecture_of(library)
     except ValueError as error:
@@ -406,7 +411,7 @@ def _load(library: bytes, device: _Device) -> Callable[[], Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_runtime() -> Path:
+def load_runtime() -> Path:
     """TVM's runtime into this process, without importing tvm, which would bring the compiler; the folder that it is in."""
     found = importlib.util.find_spec("tvm")
     for folder in found.submodule_search_locations or () if found else ():
