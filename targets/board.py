@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def board_at_hand(root: Path = ROOT) -> Board | None:
     numbers = [word.partition(",")[2] for word in compatible if word.startswith("nvidia,")]
     if not model or not any(number.startswith("tegra") for number in numbers):
         return None
-    parts = dict.fromkeys(part for number in numbers if not number.startswith("tegra") for part in number.split("+"))
+    parts = dict.fromkeys(part for number in numbers if not number.startswith("tegra") for part in number.split("+")[-1:])
     targets = {part: name for name in target_names() for part in load_target(name).modules}
     found = next((part for part in parts if part in targets), "")
     said = _RELEASE.search(_text(root / "etc" / "nv_tegra_release"))
@@ -61,16 +62,20 @@ def conditions(root: Path = ROOT) -> Conditions:
     return Conditions(board.target or board.model, power_mode(root), clocks(root))
 
 
-def power_mode(root: Path = ROOT) -> str:
-    """The name of nvpmodel's mode; empty where nobody says."""
-    program = root / "usr" / "sbin" / "nvpmodel"
-    try:
-        done = subprocess.run([program, "-q"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
-        said = _MODE.search(done.stdout)
-        if said:
-            return said[1]
-    except (OSError, subprocess.TimeoutExpired):
-        pass
+def power_mode(root: Path = ROOT, program: Path | None = None) -> str:
+    """The name of nvpmodel's mode; empty where nobody says.
+
+    Args:
+        program: What to ask, by default nvpmodel; files that were collected elsewhere (`root`) are only read.
+    """
+    if program is None and root == ROOT:
+        program = Path("/usr/sbin/nvpmodel")
+    if program is not None:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run([program, "-q"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+            said = _MODE.search(done.stdout)
+            if said:
+                return said[1]
     # What it was last set to, for a user who may not ask the program.
     number = re.search(r"pmode:\s*(\d+)", _text(root / "var" / "lib" / "nvpmodel" / "status"))
     names = {int(i): name for i, name in _MODEL.findall(_text(root / "etc" / "nvpmodel.conf"))}
@@ -79,7 +84,8 @@ def power_mode(root: Path = ROOT) -> str:
 
 def clocks(root: Path = ROOT) -> Literal["fixed", "free", ""]:
     """`fixed` if the lowest and the highest clock of every core and of the GPU are the same, as `jetson_clocks` sets them; else `free`."""
-    cpus = [(path / "scaling_min_freq", path / "scaling_max_freq") for path in (root / "sys/devices/system/cpu/cpufreq").glob("policy*")]
+    policies = [path for path in (root / "sys/devices/system/cpu/cpufreq").glob("policy*") if _text(path / "affected_cpus").strip()]
+    cpus = [(path / "scaling_min_freq", path / "scaling_max_freq") for path in policies]  # of a cluster that is off none can be set
     gpus = [(path / "min_freq", path / "max_freq") for path in (root / "sys/class/devfreq").glob("*") if re.search(r"\.(gpu|ga10b)$", path.name)]
     limits = [(_text(low).strip(), _text(high).strip()) for low, high in (*cpus, *gpus)]
     if not cpus or not all(low and high for low, high in limits):

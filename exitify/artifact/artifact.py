@@ -57,6 +57,7 @@ _TARGET_FILES = ("compiled.json", "library.so", "weights.safetensors")
 _KERNEL_FILES = ("kernels.cubin", "kernels.ptx")
 """What a target with a GPU has besides: machine code for its architecture, and PTX for newer ones."""
 _MARK = re.compile(r"exitify kernels [0-9a-f]{64}")
+_ARCHITECTURE, _VERSION = re.compile(r"sm_[0-9]{2,3}"), re.compile(r"[0-9]{1,3}\.[0-9]{1,3}")
 T = TypeVar("T")
 
 
@@ -441,8 +442,11 @@ def _check_targets(artifact: Artifact) -> None:
                 raise MalformedManifest(f"the library for {name!r} has kernels for a GPU and names none, or the other way round", _AGAIN)
         if compiled.gpu is not None and not _MARK.fullmatch(compiled.gpu.mark):
             raise MalformedManifest(f"the library for {name!r} has the mark {compiled.gpu.mark[:80]!r}", _AGAIN)
-        gpu = () if compiled.gpu is None else (compiled.gpu.architecture, compiled.gpu.ptx, compiled.gpu.compiler)
-        for word in (compiled.triple, compiled.cpu, *compiled.features, *gpu, compiled.tvm, compiled.tvm_ffi):
+        if compiled.gpu is not None and not (
+            _ARCHITECTURE.fullmatch(compiled.gpu.architecture) and _VERSION.fullmatch(compiled.gpu.ptx) and _VERSION.fullmatch(compiled.gpu.compiler)
+        ):
+            raise MalformedManifest(f"the library for {name!r} is for no GPU, PTX and CUDA that there can be", _AGAIN)
+        for word in (compiled.triple, compiled.cpu, *compiled.features, compiled.tvm, compiled.tvm_ffi):
             if not _WORD.fullmatch(word):  # they stand in messages, one of them in a command to copy
                 raise MalformedManifest(f"the library for {name!r} names {word[:80]!r} as a part of its machine or of TVM", _AGAIN)
         if not set(compiled.segments) <= known or (not compiled.left_to and set(compiled.segments) != known):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from exitify.artifact.artifact import Artifact
+from exitify.artifact.manifest import Compiled
 from exitify.board.power import find_rails
 from exitify.errors import ExitifyError, first_line
 from exitify.runtime.engines.cuda import gpu_at_hand, load_sidecar
@@ -18,6 +20,7 @@ from exitify.targets import load_jetpack, load_target, processor
 from exitify.targets.board import ROOT, Board, board_at_hand, conditions
 from exitify.version import __version__
 
+_REINSTALL = "pip install --force-reinstall 'exitify[tvm]'"
 TVM_PAIR = ("apache-tvm", "apache-tvm-ffi")
 State = Literal["right", "absent", "wrong"]
 
@@ -100,7 +103,7 @@ def _engines() -> Iterator[Finding]:
         engine.load_runtime()
         yield Finding("TVM", "right", said)
     except Exception as error:
-        yield Finding("TVM", "wrong", f"{said}; does not load: {first_line(error)}", "pip install --force-reinstall 'exitify[tvm]'")
+        yield Finding("TVM", "wrong", f"{said}; does not load: {first_line(error)}", _REINSTALL)
 
 
 def _version(package: str) -> str:
@@ -118,6 +121,8 @@ def _checked(topic: str, find: Callable[[], str], otherwise: State) -> Finding:
         return Finding(topic, otherwise, error.problem, error.hint)
     except ModuleNotFoundError as error:
         return Finding(topic, "absent", f"{error.name} is not installed", "pip install 'exitify[tvm]'")
+    except (ImportError, OSError) as error:
+        return Finding(topic, "wrong", f"TVM's runtime does not load: {first_line(error)}", _REINSTALL)
 
 
 def _gpu(board: Board | None) -> str:
@@ -145,13 +150,12 @@ def _libraries(artifact: Artifact) -> Iterator[Finding]:
         yield Finding("library", "absent", "the artifact has none", "exitify compile --target host")
         return
     for name, compiled in artifact.targets.items():
-        try:
-            from exitify.runtime.engines.tvm import check_library
+        is_for_here = compiled.triple.split("-")[0] == processor.architecture()
+        yield _checked(f"library {name}", functools.partial(_library, artifact, compiled), "wrong" if is_for_here else "absent")
 
-            check_library(artifact, compiled)
-            yield Finding(f"library {name}", "right", "runs here")
-        except ExitifyError as error:
-            here = compiled.triple.split("-")[0] == processor.architecture()
-            yield Finding(f"library {name}", "wrong" if here else "absent", error.problem, error.hint)
-        except ModuleNotFoundError as error:
-            yield Finding(f"library {name}", "absent", f"{error.name} is not installed", "pip install 'exitify[tvm]'")
+
+def _library(artifact: Artifact, compiled: Compiled) -> str:
+    from exitify.runtime.engines.tvm import check_library
+
+    check_library(artifact, compiled)
+    return "runs here"

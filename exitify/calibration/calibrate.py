@@ -103,7 +103,7 @@ def calibrate(
         max_drop: Accuracy may fall by this much below the full network's, in [0, 1].
         budget_macs: Mean cost, as a share of the full network's multiply-adds.
         budget_ms: Mean time of an answer on this machine, with this engine. Chooses a mask too, and the artifact then holds
-            what was measured of each.
+            what was measured of each, unless `times` are given.
         times: With `budget_ms`: name of segment times in the artifact, measured on the machine that is to answer; this one then
             only records outputs.
         risk: `(rate, confidence)`: answers differ from the full network's in at most this share, at this confidence.
@@ -130,10 +130,12 @@ def calibrate(
         from exitify.calibration.time_budget import settle_time
 
         masks = None if skip is None else [mask]
-        table, mask, settings = settle_time(
+        table, mask, settings, recorded_with = settle_time(
             artifact, samples, budget_ms, masks=masks, times=measured, policy=policy, engine=engine, threads=threads, seed=seed, progress=progress
         )
-        return _with_settings(artifact.with_masks(table), samples, mask, settings, name=name, policy=policy, engine=table.engine)
+        if measured is None:  # by segments they are estimates, and what was measured stays
+            artifact = artifact.with_masks(table)
+        return _with_settings(artifact, samples, mask, settings, name=name, policy=policy, engine=recorded_with)
     outputs = record_outputs(artifact, samples, skip=mask, engine=engine, threads=threads, progress=progress)
     progress("searching thresholds", 0, 1)
     if max_drop is not None:
@@ -219,7 +221,7 @@ def record_outputs(
             whole.append(session.record(inputs).logits[FINAL])
         done += len(labels)
     progress("recording outputs", done, len(samples))
-    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.name, mask, np.concatenate(whole) if whole else full)
+    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.full_name, mask, np.concatenate(whole) if whole else full)
 
 
 def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: str = "top1", seed: int = 0) -> Settings:

@@ -70,8 +70,11 @@ def measure_segments(
 
 
 def name_of(times: SegmentTimes) -> str:
-    """What times are called unless somebody says otherwise: `orin-nano-8gb-15W-tvm`."""
-    parts = (times.conditions.board, times.conditions.power_mode, times.engine.partition(":")[0])
+    """What times are called unless somebody says otherwise: `orin-nano-8gb-15W-fixed-tvm.gpu`."""
+    engine, _, library = times.engine.partition(":")
+    where = times.conditions
+    with_what = engine + (library.removeprefix(where.board) if library.startswith(where.board) else f"-{library}" if library else "")
+    parts = (where.board, where.power_mode, where.clocks, with_what, f"{times.threads}-threads" if times.threads > 1 else "")
     return re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(filter(None, parts))).strip("-.")[:64]
 
 

@@ -83,8 +83,8 @@ def settle_time(
     threads: int = 1,
     seed: int = 0,
     progress: Progress = silent,
-) -> tuple[MaskTable, Mask, Settings]:
-    """Return what was measured of each mask, and the mask and thresholds with the least drop of accuracy within the budget.
+) -> tuple[MaskTable, Mask, Settings, str]:
+    """Return what is known of each mask, the mask and thresholds with the least drop of accuracy within the budget, and what recorded outputs.
 
     A mask's time is measured; with exits it is that times the share of the cost that they leave, boundaries counted. The
     choice is then timed as it is, and replaced by a cheaper one while it takes longer than the budget. With the segment times of
@@ -158,7 +158,7 @@ def settle_time(
     note = f"{ms:.2f} ms {'measured' if times is None else 'by the times of its segments'} with {place[0]} on {place[2]}; "
     note += f"estimated drop {held_out.drop[best.step] * 100:+.2f} ± {held_out.drop_error[best.step] * 100:.2f} points."
     promise = Promise("budget-ms", budget, 0.0, ms <= budget, len(samples), 0, 0, 0, 0, ms, note)
-    return table, best.mask, settled(best.thresholds, temperatures, held_out, best.step, promise, best.mask)
+    return table, best.mask, settled(best.thresholds, temperatures, held_out, best.step, promise, best.mask), session.engine.full_name
 
 
 def _step_times(

@@ -208,12 +208,14 @@ def compile(  # noqa: A001
     artifact: Annotated[Path, ARTIFACT],
     target: Annotated[str, typer.Option(help="A board's name (`exitify targets`), host, cuda, or your own ./my-board.toml.")] = "host",
     device: Annotated[str | None, typer.Option(help="cpu, gpu or both; by default all that the board has.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, or fp16: weights and values in float16, sums and scores in float32.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, or fp16: what is multiplied with known weights in float16, the rest in float32.")] = "fp32",
     arch: Annotated[str, typer.Option(help="Of the target cuda's GPU, sm_90; by default that of the one here.")] = "",
     jetpack: Annotated[str, typer.Option(help="Release on the board; by default its oldest, whose code newer ones load too.")] = "",
     output: Annotated[Path | None, OUTPUT] = None,
     trials: Annotated[int, typer.Option(min=0, help="Schedules to measure, over all kernels; what was measured before costs none.")] = 0,
-    rpc: Annotated[str | None, typer.Option(help="Measure on a board: HOST:PORT/KEY of TVM's tracker.")] = None,
+    rpc: Annotated[
+        str | None, typer.Option(help="Measure on every board registered there, HOST:PORT/KEY of a tracker: one kind of board a key.")
+    ] = None,
     db: Annotated[Path | None, typer.Option(help="Folder of measurements; by default the user's cache.")] = None,
     fallback: Annotated[str, typer.Option(help="onnxruntime: what TVM cannot take is left to it. By default it is refused.")] = "",
     json: Annotated[bool, JSON] = False,
@@ -221,9 +223,7 @@ def compile(  # noqa: A001
     """Compile every segment for a target into a library, one for its processor and one for its GPU; needs the artifact alone."""
     from exitify.artifact.artifact import Artifact, check_name
     from exitify.artifact.manifest import target_name
-    from exitify.lower.graphics import gpu_machine_of
-    from exitify.lower.pipeline import compile_artifact, driver_of
-    from exitify.lower.processors import machine_of
+    from exitify.lower.pipeline import compile_artifact, tools_for
     from exitify.lower.tuning.database import Database
     from exitify.lower.tuning.measure import RpcRunner, parse_rpc
     from exitify.targets import ALIASES, load_target
@@ -244,12 +244,14 @@ def compile(  # noqa: A001
     compiled = Artifact.open(artifact)
     database = Database(db) if db else None
     place = parse_rpc(rpc) if rpc else None
-    for on in devices:
-        runner = None
-        if place:
-            machine = machine_of(board) if on == "cpu" else gpu_machine_of(board, arch, driver_of(board, jetpack))
-            runner = RpcRunner(machine, *place)
-        with show.progress_bar() as progress, show.tuning_bar() as report:
+    if place and not trials:
+        raise ExitifyError("--rpc measures nothing without --trials", "say how many schedules to measure: --trials 500")
+    # What is missing for the second is said before hours are spent on the first.
+    machines = [tools_for(board, on, arch if on == "gpu" else "", jetpack)[0] for on in devices]  # type: ignore[arg-type]
+    for on, machine in zip(devices, machines):
+        with contextlib.ExitStack() as stack:
+            progress, report = stack.enter_context(show.progress_bar()), stack.enter_context(show.tuning_bar())
+            runner = stack.enter_context(contextlib.closing(RpcRunner(machine, *place))) if place else None
             compiled = compile_artifact(
                 compiled, board, device=on, precision=precision, architecture=arch if on == "gpu" else "", jetpack=jetpack, trials=trials,  # type: ignore[arg-type]
                 database=database, runner=runner, fallback=fallback, progress=progress, report=report,  # type: ignore[arg-type]
@@ -262,10 +264,11 @@ def compile(  # noqa: A001
     for library in made:
         tables.compiled(compiled, library)
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE --engine tvm`")
+    board_name = board.name if target in ALIASES else target
     for on in devices:
         opening = show.call("exitify.Artifact.open", repr(str(artifact if on == devices[0] else output or artifact)))
         compiling = show.call(
-            "exitify.compile_artifact", opening, f"exitify.targets.load_target({target!r})", device=(on, "cpu"), precision=(precision, "fp32"),
+            "exitify.compile_artifact", opening, f"exitify.targets.load_target({board_name!r})", device=(on, "cpu"), precision=(precision, "fp32"),
             architecture=(arch if on == "gpu" else "", ""), jetpack=(jetpack, ""), trials=(trials, 0), fallback=(fallback, ""),
         )  # fmt: skip
         show.python_call(f"{compiling}.save({str(output or artifact)!r})")

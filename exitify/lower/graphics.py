@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def gpu_machine_of(board: Target, architecture: str = "", driver: str = "") -> G
                     f"the target {board.name!r} is for the GPU at hand: {error.problem}", "name its architecture: --arch sm_90"
                 ) from error
             tuned_on = architecture
-    if not wanted.startswith("sm_") or not wanted[3:].rstrip("a").isdigit():
+    if not re.fullmatch(r"sm_[0-9]{2,3}", wanted):  # sm_90a's PTX would run on no newer GPU
         raise TargetError(f"{wanted!r} is no architecture of NVIDIA's GPUs", "sm_87 for instance, compute capability 8.7")
     return GpuMachine(wanted, machine_of(board), tuned_on, driver)
 
@@ -115,6 +116,8 @@ def build_for_gpu(
 
     with _text_for_kernels(take):
         executable = build(kernels, scheduled, machine)
+    if not sources:
+        raise TargetError("nothing of this network is left for a GPU to compute", "compile for the processor: --device cpu")
     (source,) = sources
     return executable, _mark(source), compiler.compile(source, machine.architecture)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -17,15 +18,16 @@ from exitify.errors import EngineError, ExitifyError
 from exitify.lower.graphics import GpuMachine, build_for_gpu, gpu_machine_of
 from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_default, shared_object, silent_stderr
 from exitify.lower.linking import link_with, linker
-from exitify.lower.nvrtc import compiler_for
+from exitify.lower.nvrtc import Compiler, compiler_for
 from exitify.lower.processors import Machine, machine_of
 from exitify.lower.tuning.database import Database, default_folder
 from exitify.lower.tuning.measure import LocalRunner, Runner
 from exitify.lower.tuning.search import Report, tune, unheard
 from exitify.lower.tuning.space import apply
 from exitify.lower.tuning.tasks import task_key, tasks_of
-from exitify.lower.verify import segment_errors
+from exitify.lower.verify import engine_errors, segment_errors
 from exitify.progress import Progress, silent
+from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.cuda import NoGpu, gpu_at_hand
 from exitify.targets import Target, TargetError, load_jetpack, load_target, processor
 
@@ -55,7 +57,7 @@ def compile_artifact(
     Args:
         target: The board.
         device: Its processor or its GPU.
-        precision: `fp16` keeps weights and what is computed within a segment in float16, sums and scores in float32.
+        precision: `fp16` multiplies float16 where weights are known, see `exitify.lower.precision`.
         architecture: Of the GPU, `sm_90`, where the target is whatever GPU there is.
         jetpack: Release on the board whose driver loads the GPU's kernels; by default the board's oldest, whose code newer ones load too.
         trials: Candidates to measure over all kernels; those that a search of this budget has been through cost none.
@@ -70,13 +72,10 @@ def compile_artifact(
     """
     name = target_name(target.name, on_gpu=device == "gpu", precision=precision)
     check_name("target", name)
-    driver = driver_of(target, jetpack) if device == "gpu" else ""
-    machine = machine_of(target) if device == "cpu" else gpu_machine_of(target, architecture, driver)
+    machine, command, compiler = tools_for(target, device, architecture, jetpack)
     host = machine if isinstance(machine, Machine) else machine.host
     if trials and runner is None and not machine.is_here:
         raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
-    command = linker(host.triple.split("-")[0], processor.architecture())
-    compiler = compiler_for(driver) if device == "gpu" else None
     steps = ("lowering", "compiling", "linking", "checking")
 
     def begin(step: str) -> None:
@@ -97,14 +96,10 @@ def compile_artifact(
     begin("linking")
     library = shared_object(executable, link_with(command))
     begin("checking")
-    checked = executable if device == "cpu" and machine.is_here else _stand_in(kernels, machine)
+    checked = executable if device == "cpu" and machine.is_here else _stand_in(kernels, scheduled, machine)
     errors: dict[str, float] = {}
     for segment, error in segment_errors(artifact, kernels, checked):
-        if not error <= TOLERANCE[precision]:
-            raise EngineError(
-                f"the compiled segment {segment!r} differs from the reference by {error:.2g} of its magnitude, more than {TOLERANCE[precision]:g}",
-                "report this with the model" if precision == "fp32" else "compile it with --precision fp32",
-            )
+        _tolerate(segment, error, precision)
         errors[segment] = max(error, errors.get(segment, 0.0))
     progress("checking", len(steps), len(steps))
     first, second, weights = _named(kernels)
@@ -127,7 +122,42 @@ def compile_artifact(
         tolerance=TOLERANCE[precision],
         trials=measured,
     )
-    return artifact.with_target(compiled, library, write_tensors(weights), (code.cubin, code.ptx) if code is not None else None)
+    made_artifact = artifact.with_target(compiled, library, write_tensors(weights), (code.cubin, code.ptx) if code is not None else None)
+    if device == "gpu" and machine.is_here:
+        _check_here(made_artifact, kernels, name, precision)
+    return made_artifact
+
+
+def tools_for(target: Target, device: Device, architecture: str = "", jetpack: str = "") -> tuple[Machine | GpuMachine, list[str], Compiler | None]:
+    """What code is made for, and what makes it: the command that links, and for a GPU NVRTC.
+
+    Raises:
+        TargetError, NoLinker, NoCompiler: there is no way to make code for the target.
+    """
+    if device == "cpu":
+        machine = machine_of(target)
+        return machine, linker(machine.triple.split("-")[0], processor.architecture()), None
+    driver = driver_of(target, jetpack)
+    gpu = gpu_machine_of(target, architecture, driver)
+    return gpu, linker(gpu.host.triple.split("-")[0], processor.architecture()), compiler_for(driver)
+
+
+def _check_here(artifact: Artifact, kernels: Kernels, name: str, precision: Precision) -> None:
+    """Hold a library for the GPU at hand against the reference, as it runs there.
+
+    Raises:
+        EngineError: a segment differs by more than `TOLERANCE`.
+    """
+    for segment, error in engine_errors(artifact, kernels, make_engine(f"tvm:{name}", artifact, 1)):
+        _tolerate(segment, error, precision, "on this GPU ")
+
+
+def _tolerate(segment: str, error: float, precision: Precision, where: str = "") -> None:
+    if not error <= TOLERANCE[precision]:
+        raise EngineError(
+            f"the compiled segment {segment!r} {where}differs from the reference by {error:.2g} of its magnitude, more than {TOLERANCE[precision]:g}",
+            "report this with the model" if precision == "fp32" else "compile it with --precision fp32",
+        )
 
 
 def driver_of(target: Target, jetpack: str = "") -> str:
@@ -188,9 +218,7 @@ def _schedules(
     return scheduled, sum(found.trials for found in known.values())
 
 
-def _stand_in(kernels: Kernels, machine: Machine | GpuMachine) -> relax.VMExecutable:
+def _stand_in(kernels: Kernels, scheduled: Mapping[str, tirx.PrimFunc], machine: Machine | GpuMachine) -> relax.VMExecutable:
     """Kernels for a machine that is not here, built for the one at hand: by the same schedules, if it is a processor too."""
     here = machine_of(load_target("host"))
-    if isinstance(machine, Machine):
-        here = Machine(here.triple, here.cpu, here.attributes, here.features, here.cores, machine.vectors, here.tuned_on)
-    return build(kernels, scheduled_by_default(kernels, here), here)
+    return build(kernels, scheduled if isinstance(machine, Machine) else scheduled_by_default(kernels, here), here)

@@ -15,6 +15,7 @@ from exitify.artifact.artifact import HEADS_FILE, Artifact, parameter_values
 from exitify.lower.library import Kernels
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines import make_engine
+from exitify.runtime.engines.base import Engine
 
 Array = NDArray[Any]
 
@@ -27,15 +28,22 @@ def segment_errors(artifact: Artifact, kernels: Kernels, executable: relax.VMExe
     The network's input is random, of the kind that normalised pictures are; each segment reads what the reference computed before it.
     """
     machine = relax.VirtualMachine(executable, tvm.cpu())
-    for segment, weights, given, expected in _reference(artifact, kernels):
+    for segment, weights, given, expected, _ in _reference(artifact, kernels):
         found = machine[segment.name](*(_tensor(array) for array in (*given, *weights)))
         outputs = [found] if len(segment.outputs) == 1 else list(found)
         # NumPy's largest: where one is not a number, Python's may be another.
         yield segment.name, float(np.max([_difference(output.numpy(), array) for output, array in zip(outputs, expected)]))
 
 
-def _reference(artifact: Artifact, kernels: Kernels) -> Iterator[tuple[Segment, Sequence[Array], Sequence[Array], Sequence[Array]]]:
-    """Each compiled segment, once a set of norms: its weights, and its inputs and outputs as the reference computes them."""
+def engine_errors(artifact: Artifact, kernels: Kernels, engine: Engine) -> Iterator[tuple[str, float]]:
+    """The same of segments as an engine runs them."""
+    for segment, _, given, expected, stretch in _reference(artifact, kernels):
+        found = engine.prepare(stretch)(dict(zip((*segment.inputs, *segment.parameters), given)))
+        yield segment.name, float(np.max([_difference(found[name], array) for name, array in zip(segment.outputs, expected)]))
+
+
+def _reference(artifact: Artifact, kernels: Kernels) -> Iterator[tuple[Segment, Sequence[Array], Sequence[Array], Sequence[Array], Stretch]]:
+    """Each compiled segment, once a set of norms: its weights, its inputs and outputs as the reference computes them, and as what it runs."""
     plan = artifact.plan
     engine = make_engine("reference", artifact, 1)
     random = np.random.default_rng(0)
@@ -49,10 +57,11 @@ def _reference(artifact: Artifact, kernels: Kernels) -> Iterator[tuple[Segment, 
         found = engine.prepare(stretch)(given)
         values.update(found)
         if segment.name in kernels.weights:
-            yield segment, kernels.weights[segment.name], list(given.values()), [found[name] for name in segment.outputs]
+            yield segment, kernels.weights[segment.name], list(given.values()), [found[name] for name in segment.outputs], stretch
         if segment.name in kernels.second_weights:
-            found = engine.prepare(replace(stretch, skipped=(segment.follows,)))(given)
-            yield segment, kernels.second_weights[segment.name], list(given.values()), [found[name] for name in segment.outputs]
+            second = replace(stretch, skipped=(segment.follows,))
+            found = engine.prepare(second)(given)
+            yield segment, kernels.second_weights[segment.name], list(given.values()), [found[name] for name in segment.outputs], second
 
 
 def _difference(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -6,14 +6,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from exitify.artifact.artifact import HEADS_FILE, NO_PROFILE, Artifact
-from exitify.artifact.manifest import InputContract, Profile
+from exitify.artifact.artifact import HEADS_FILE, LEAST_TEMPERATURE, MOST_TEMPERATURE, NO_PROFILE, Artifact
+from exitify.artifact.manifest import ExitSetting, InputContract, Profile
 from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL, SCORES, Mask, Stretch, mask_text
@@ -66,6 +66,43 @@ class Recording:
 
     logits: dict[str, Array]
     features: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """An exit on the way of a run, taken or not. logits: `(classes,)`. features: The classifier's input, `(width,)`. score: The policy's."""
+
+    exit: str
+    logits: Array
+    features: Array
+    score: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A run and what it passed.
+
+    visits: The exits whose heads ran, in order, that of the answer among them unless it is the network's own.
+    full: The network's own logits, `(classes,)`, where the run went on to its end; else None.
+    """
+
+    answer: Answer
+    visits: tuple[Visit, ...]
+    full: Array | None
+
+
+@dataclass(frozen=True)
+class ExitsVersion:
+    """What may change between two runs with nothing loaded again: classifiers, and how a profile's exits decide.
+
+    number: Of the version, from 0. tensors: Classifiers in place of the artifact's, by name; nobody changes them afterwards.
+    settings: In place of the profile's, by exit; temperatures divide logits. profile: The one that they belong to.
+    """
+
+    number: int = 0
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+    settings: Mapping[str, ExitSetting] = field(default_factory=dict)
+    profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +161,9 @@ class Session:
         self._dimensions = len(self.contract.shape)
         self._one_sample = (self.contract.shape, (1, *self.contract.shape))
         self._local = threading.local()
+        self._changing = threading.Lock()
         self._heads = artifact.tensors(HEADS_FILE)
+        self.version = ExitsVersion()
         self._calibrated: dict[str, _Setup] = {}
         self._plain: dict[Mask, _Setup] = {}
         self._recorders: dict[Mask, _Setup] = {}
@@ -180,14 +219,87 @@ class Session:
             x = self._ready(x)
             if x.shape[0] != 1:
                 raise DataError(f"run() takes one sample, and got {x.shape[0]}", "use run_batch()")
-        setup = self._setup if skip is None else self._with_mask(skip)
-        bound = self._bound(setup)
+        setup, version = self._setup if skip is None else self._with_mask(skip), self.version
+        bound = self._bound(setup, version)
         bound.set_input(x if x.ndim > self._dimensions else x[None])
-        for index, step in enumerate(setup.steps):
+        for index, step in enumerate(setup.steps if version.number == 0 else self._changed(setup, version)):
             bound.step(index)
             if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
                 break
         return self._answer(step, bound.value(step.logits)[0].copy(), started)
+
+    def trace(self, x: Array, *, to_end: bool = False) -> Trace:
+        """Answer for one sample as `run` does, and keep what the exits on the way said.
+
+        Args:
+            x: As for `run`. to_end: Go on behind the exit that is taken, through all others, for the network's own answer.
+
+        Raises:
+            DataError: as for `run`.
+        """
+        started = time.perf_counter_ns()
+        x = self._ready(x)
+        if x.shape[0] != 1:
+            raise DataError(f"trace() takes one sample, and got {x.shape[0]}", "give them one by one")
+        setup, version = self._setup, self.version
+        bound = self._bound(setup, version)
+        bound.set_input(x)
+        visits: list[Visit] = []
+        answer, full = None, None
+        for index, step in enumerate(self._changed(setup, version)):
+            bound.step(index)
+            logits = bound.value(step.logits)[0].copy()
+            if step.column < 0:
+                full = logits
+                answer = answer or self._answer(step, logits, started)
+                continue
+            score = float(bound.value(step.scores)[0, step.column])
+            features = bound.value(self.artifact.plan.exit(step.stretch.exit).features)[0].copy()
+            visits.append(Visit(step.stretch.exit, logits, features, score))
+            if answer is None and score >= step.threshold:
+                answer = self._answer(step, logits, started)
+            if answer is not None and not to_end:
+                break
+        assert answer is not None
+        return Trace(answer, tuple(visits), full)
+
+    def change_exits(self, tensors: Mapping[str, Array] | None = None, settings: Mapping[str, ExitSetting] | None = None) -> ExitsVersion:
+        """Let classifiers and settings stand in place of the artifact's from the next run on; runs under way end with those they began with.
+
+        Args:
+            tensors: Weights `(classes, width)` and biases `(classes,)`, float32, by their names in the plan; they must not be changed
+                afterwards. Those left out stay as they are.
+            settings: Thresholds and temperatures of the profile in use, by exit. An exit that the profile has switched off stays off.
+
+        Returns:
+            The version that is now in use.
+
+        Raises:
+            DataError: a name, shape or number that cannot be.
+        """
+        for name, array in (tensors or {}).items():
+            before = self._heads.get(name) if name in {n for point in self.artifact.plan.exits for n in (point.weight, point.bias)} else None
+            if before is None:
+                raise DataError(f"no head has a classifier {name!r}", "see `exitify inspect`")
+            if array.shape != before.shape or array.dtype != before.dtype or not array.flags.c_contiguous:
+                raise DataError(f"{name!r} is {array.dtype} {array.shape}, and the head's {before.dtype} {before.shape}", "give it in that form")
+            if not _is_finite(array):
+                raise DataError(f"{name!r} holds a number that is not finite", "an update went wrong: go back to an older state")
+        for name, setting in (settings or {}).items():
+            self.artifact.plan.exit(name)
+            if not (math.isfinite(setting.threshold) and LEAST_TEMPERATURE <= setting.temperature <= MOST_TEMPERATURE):
+                raise DataError(f"the exit {name!r} cannot decide by {setting}", "calibrate again")
+        with self._changing:
+            now = self.version
+            of_profile = now.settings if now.profile == self.profile_name else {}
+            self.version = ExitsVersion(now.number + 1, {**now.tensors, **(tensors or {})}, {**of_profile, **(settings or {})}, self.profile_name)
+            return self.version
+
+    def forget_changes(self) -> None:
+        """The artifact's own classifiers and settings again."""
+        with self._changing:
+            names = self.version.tensors
+            self.version = ExitsVersion(self.version.number + 1, {name: self._heads[name] for name in names})
 
     def run_batch(self, x: Array, skip: str | Sequence[bool] | None = None) -> list[Answer]:
         """Answer for a batch; rows that have their answer are dropped from it where that pays.
@@ -201,11 +313,12 @@ class Session:
         """
         started = time.perf_counter_ns()
         values = {self.artifact.plan.input: self._ready(x)}
-        setup = self._setup if skip is None else self._with_mask(skip)
+        setup, version = self._setup if skip is None else self._with_mask(skip), self.version
+        parameters = self._parameters(setup, version)
         answers: list[Answer | None] = [None] * len(values[self.artifact.plan.input])
         rows = np.arange(len(answers))
-        for index, step in enumerate(setup.steps):
-            values.update(self._call(step, values, setup))
+        for index, step in enumerate(self._changed(setup, version)):
+            values.update(self._call(step, values, parameters))
             logits = values[step.logits]
             leaves = np.ones(len(rows), bool) if step.column < 0 else values[step.scores][:, step.column] >= step.threshold
             for i in np.flatnonzero(leaves):
@@ -226,9 +339,10 @@ class Session:
         """Run a batch through every exit, stopping nowhere; with a mask's skip paths left out, none of them by default."""
         values = {self.artifact.plan.input: self._ready(x)}
         setup = self._everything(self.artifact.plan.mask(skip))
+        parameters = self._parameters(setup, self.version)
         logits, features = {}, {}
         for step in setup.steps:
-            values.update(self._call(step, values, setup))
+            values.update(self._call(step, values, parameters))
             logits[step.stretch.exit] = values[step.logits]
         for point in self.artifact.plan.exits:
             features[point.name] = values[point.features]
@@ -320,19 +434,50 @@ class Session:
         parameters.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
         return _Setup(mask, bool(enabled), tuple(steps), parameters)
 
-    def _call(self, step: _Step, values: dict[str, Array], setup: _Setup) -> dict[str, Array]:
+    def _parameters(self, setup: _Setup, version: ExitsVersion) -> Mapping[str, Array]:
+        """What heads take under this version."""
+        if version.number == 0:
+            return setup.parameters
+        changed: dict[str, Array] = dict(version.tensors)
+        if setup is self._calibrated.get(version.profile or ""):
+            points = {point.name: point.temperature for point in self.artifact.plan.exits}
+            changed.update({points[name]: np.array(setting.temperature, np.float32) for name, setting in version.settings.items()})
+        return {**setup.parameters, **changed}
+
+    def _changed(self, setup: _Setup, version: ExitsVersion) -> Sequence[_Step]:
+        """The setup's steps, their exits decided as this version says."""
+        if not version.settings or setup is not self._calibrated.get(version.profile or ""):
+            return setup.steps
+        found: dict[int, Sequence[_Step]] = self._local.__dict__.setdefault("steps", {})
+        if version.number not in found:
+            found.clear()
+            found[version.number] = [
+                replace(step, threshold=_as_float32(setting.threshold), temperature=setting.temperature) if setting is not None else step
+                for step in setup.steps
+                for setting in [version.settings.get(step.stretch.exit)]
+            ]
+        return found[version.number]
+
+    def _call(self, step: _Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: values[name] for name in step.stretch.inputs}
-        given.update({name: setup.parameters[name] for name in step.stretch.parameters})
+        given.update({name: parameters[name] for name in step.stretch.parameters})
         return step.runner(given)
 
-    def _bound(self, setup: _Setup) -> Bound:
-        """This thread's buffers for this setup."""
+    def _bound(self, setup: _Setup, version: ExitsVersion) -> Bound:
+        """This thread's buffers for this setup, its heads as this version has them."""
         if getattr(self._local, "setup", None) is not setup:
             bounds: dict[int, Bound] = self._local.__dict__.setdefault("bounds", {})
             if id(setup) not in bounds:  # setups are kept as long as the session is
                 bounds[id(setup)] = self.engine.bind([step.stretch for step in setup.steps], setup.parameters)
             self._local.setup, self._local.bound = setup, bounds[id(setup)]
         bound: Bound = self._local.bound
+        numbers: dict[int, int] = self._local.__dict__.setdefault("numbers", {})
+        if numbers.get(id(setup), 0) != version.number:
+            before = setup.parameters if id(setup) not in numbers else self._local.given[id(setup)]
+            now = self._parameters(setup, version)
+            bound.set_parameters({name: array for name, array in now.items() if array is not before[name]})
+            self._local.__dict__.setdefault("given", {})[id(setup)] = now
+            numbers[id(setup)] = version.number
         return bound
 
     def _answer(self, step: _Step, logits: Array, started: int) -> Answer:

@@ -41,7 +41,8 @@ NAMED = "a target's name is one that it can have, and its compiled.json says the
 KERNELS = "a target has kernels.cubin and kernels.ptx where its compiled.json describes a GPU, and only there"
 SEGMENTS = "a library's segments are the plan's, all of them unless left_to says what runs the others"
 WEIGHTS = "a target's weights.safetensors holds each tensor that its segments take, each taken by one of them, and no other"
-WORDS = "triple, cpu, features, architecture and versions have 1 to 64 letters, digits, `_`, `.`, `+` and `-`, and the mark its form"
+WORDS = "triple, cpu, features and versions of TVM have 1 to 64 letters, digits, `_`, `.`, `+` and `-`"
+OF_GPU = "a GPU's architecture is `sm_` with 2 or 3 digits, PTX and compiler are two numbers with a point, and the mark has its form"
 KNOWN = "every file there is one that this format knows"
 
 
@@ -280,15 +281,22 @@ def test_kernels_for_a_gpu_are_there_where_the_record_says_so_and_only_there(art
             reopened(build_artifact(artifact.manifest, files))
 
 
-@pytest.mark.parametrize("change", [{"architecture": "sm 87"}, {"ptx": "8.5; reboot"}, {"compiler": ""}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"architecture": name} for name in ("sm 87", "sm_", "sm_8", "sm_90a", "banana", "compute_87")),
+        *({"ptx": version} for version in ("8.5; reboot", "8", "8.x")),
+        *({"compiler": version} for version in ("", "12.x", "1234.5")),
+    ],
+)
 def test_words_about_a_gpu_that_could_do_something_in_a_message_are_refused(plain: Artifact, change: dict[str, str]) -> None:
-    with refused(WORDS, match="as a part of its machine or of TVM"):
+    with refused(OF_GPU, match="is for no GPU, PTX and CUDA that there can be"):
         with_library(plain, ON_GPU, gpu=replace(GPU, **change))
 
 
 @pytest.mark.parametrize("mark", ["", "exitify kernels", "exitify kernels " + "g" * 64, "#include </etc/passwd>"])
 def test_a_mark_of_another_form_is_refused(plain: Artifact, mark: str) -> None:
-    with refused(WORDS, match="has the mark"):
+    with refused(OF_GPU, match="has the mark"):
         with_library(plain, ON_GPU, gpu=replace(GPU, mark=mark))
 
 

@@ -36,8 +36,13 @@ def board(root: Path, target: str = "orin-nano-8gb", *, jetpack: str = "6", mill
     write(root, "var/lib/nvpmodel/status", f"pmode:{MODES.index(mode):04d}")
     for core in (0, 4):
         policy = f"sys/devices/system/cpu/cpufreq/policy{core}"
+        write(root, f"{policy}/affected_cpus", f"{core} {core + 1}\n")
         write(root, f"{policy}/scaling_max_freq", "1510400\n")
         write(root, f"{policy}/scaling_min_freq", "1510400\n" if fixed else "115200\n")
+    # A cluster that the power mode has switched off: its folder stays, with old values.
+    write(root, "sys/devices/system/cpu/cpufreq/policy8/affected_cpus", "\n")
+    write(root, "sys/devices/system/cpu/cpufreq/policy8/scaling_max_freq", "2201600\n")
+    write(root, "sys/devices/system/cpu/cpufreq/policy8/scaling_min_freq", "115200\n")
     write(root, "sys/class/devfreq/17000000.gpu/max_freq", "624750000\n")
     write(root, "sys/class/devfreq/17000000.gpu/min_freq", "624750000\n" if fixed else "306000000\n")
     for device, labels in (AGX_RAILS if target.startswith("agx") else NANO_RAILS).items():

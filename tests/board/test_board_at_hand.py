@@ -45,7 +45,7 @@ def test_a_jetson_that_no_target_describes_has_its_part_numbers_and_no_target(tm
     sysfs.write(tmp_path, "proc/device-tree/compatible", "nvidia,p3971-0050+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0")
     board = board_at_hand(tmp_path)
     assert board is not None
-    assert (board.target, board.modules) == ("", ("p3971-0050", "p3834-0008"))
+    assert (board.target, board.modules) == ("", ("p3834-0008",))
     assert conditions(tmp_path).board == board.model
 
 
@@ -75,13 +75,21 @@ def test_the_power_mode_is_read_by_name(target: str, tmp_path: Path) -> None:
 
 
 def test_what_nvpmodel_says_comes_before_its_files(tmp_path: Path) -> None:
-    sysfs.board(tmp_path)
-    program = tmp_path / "usr" / "sbin" / "nvpmodel"
-    sysfs.write(tmp_path, "usr/sbin/nvpmodel", "#!/bin/sh\n[ $1 = -q ] && printf 'NV Power Mode: MAXN_SUPER\\n2\\n'\n")
+    root, program = sysfs.board(tmp_path / "root"), tmp_path / "nvpmodel"
+    program.write_text("#!/bin/sh\n[ $1 = -q ] && printf 'NV Power Mode: MAXN_SUPER\\n2\\n'\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    assert power_mode(tmp_path) == "MAXN_SUPER"
+    assert power_mode(root, program) == "MAXN_SUPER"
     program.write_text("#!/bin/sh\necho 'Error: not root' >&2; exit 1\n")
-    assert power_mode(tmp_path) == "25W"
+    assert power_mode(root, program) == "25W"
+    assert power_mode(root, tmp_path / "missing") == "25W"
+
+
+def test_nothing_among_files_from_elsewhere_is_run(tmp_path: Path) -> None:
+    root = sysfs.board(tmp_path / "root")
+    sysfs.write(root, "usr/sbin/nvpmodel", f"#!/bin/sh\ntouch {tmp_path / 'ran'}; printf 'NV Power Mode: MAXN\\n'\n")
+    (root / "usr/sbin/nvpmodel").chmod(0o755)
+    assert power_mode(root) == "25W"
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("file", ["var/lib/nvpmodel/status", "etc/nvpmodel.conf"])

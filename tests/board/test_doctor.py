@@ -106,6 +106,23 @@ def test_a_tvm_that_does_not_load_is_wrong_and_one_that_is_not_there_absent(tmp_
     assert found(tmp_path)["TVM"].state == "absent"
 
 
+@pytest.mark.parametrize(
+    "error", [OSError("libstdc++.so.6: version `GLIBCXX_3.4.30' not found"), ImportError("tvm_ffi was built for another Python")]
+)
+def test_a_runtime_that_does_not_load_is_what_it_says_and_no_end_of_it(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import exitify.runtime.engines.tvm as engine
+
+    def refuse(*_: object) -> Path:
+        raise error
+
+    monkeypatch.setattr(engine, "load_runtime", refuse)
+    monkeypatch.setattr(engine, "check_library", refuse)
+    findings = found(tmp_path, compiled("identity"))
+    for topic in ("TVM", "TVM's CUDA runtime", "library host"):
+        assert findings[topic].state == "wrong"
+        assert str(error) in findings[topic].text
+
+
 def test_of_each_library_it_is_said_whether_it_runs_here(tmp_path: Path) -> None:
     artifact = compiled("identity")
     assert found(tmp_path, artifact)["library host"] == Finding("library host", "right", "runs here")

@@ -54,6 +54,22 @@ def test_what_is_right_is_within_rounding():
     assert 0 < max(errors.values()) < 1e-5
 
 
+def test_for_another_machine_the_schedules_that_were_chosen_are_checked(monkeypatch):
+    """Not the default ones: what tuning put into the library may be wrong where those are right."""
+    built_with = []
+    build = pipeline.build
+
+    def note(kernels, scheduled, machine):
+        built_with.append((scheduled, machine.triple))
+        return build(kernels, scheduled, machine)
+
+    monkeypatch.setattr(pipeline, "build", note)
+    compile_artifact(exported("identity")[1], load_target("aarch64-cpu"))
+    (library, there), (checked, here) = built_with
+    assert checked is library
+    assert (there, here) == ("aarch64-linux-gnu", HERE.triple)
+
+
 @pytest.mark.parametrize("change", [stretch, lose_a_number])
 def test_a_wrong_weight_is_found_in_its_segment_alone(change):
     """Each segment reads what the reference computed, so that an error does not travel."""

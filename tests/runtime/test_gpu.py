@@ -13,8 +13,11 @@ import pytest
 from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact, target_path
 from exitify.artifact.tensors import write_tensors
 from exitify.lower.nvrtc import cubin_architecture
+from exitify.lower.pipeline import compile_artifact
+from exitify.runtime.engines.elf import architecture_of
 from exitify.runtime.session import Session
-from tests.artifacts import inputs, profile_for
+from exitify.targets import load_target
+from tests.artifacts import exported, inputs, profile_for
 from tests.compiled import thresholds
 from tests.fake_cuda import FakeGpu
 from tests.gpu import GPU, ORIN, on_gpu
@@ -183,6 +186,21 @@ def test_a_head_that_was_trained_again_answers_anew_with_the_same_kernels(gpu: F
 
 
 # --- which kernels, and which GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("board", ["agx-orin-64gb", "orin-nano-4gb"])
+def test_a_boards_library_is_for_its_processor_with_kernels_for_its_gpu(board: str, aarch64_linker: list[str]) -> None:
+    assert aarch64_linker
+    artifact = compile_artifact(exported("identity")[1], load_target(board), device="gpu")
+    record = artifact.targets[f"{board}.gpu"]
+    library, cubin, ptx = (bytes(artifact.files[target_path(record.target, name)]) for name in ("library.so", "kernels.cubin", "kernels.ptx"))
+    assert architecture_of(library) == record.triple.split("-")[0] == "aarch64"
+    assert record.gpu is not None
+    assert cubin_architecture(cubin) == record.gpu.architecture == ORIN
+    assert (record.gpu.ptx, record.gpu.compiler) == ("8.5", "12.6")
+    assert b".target sm_87" in ptx
+    assert record.gpu.mark.encode() in library
+    assert b"__global__" not in library
 
 
 def test_the_machine_code_is_the_orins_and_stands_beside_a_library_without_cuda_source() -> None:

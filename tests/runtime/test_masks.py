@@ -193,7 +193,7 @@ def test_a_budget_that_no_mask_fits_is_refused():
         session().use(budget_ms=3)
 
 
-@pytest.mark.parametrize("change", [{"engine": "tvm"}, {"threads": 4}, {"conditions": Conditions("another", "", "")}])
+@pytest.mark.parametrize("change", [{"engine": "tvm"}, {"engine": "onnxruntime:cuda"}, {"threads": 4}, {"conditions": Conditions("another", "", "")}])
 def test_times_of_another_engine_or_machine_are_not_used(change):
     running = Session(skipping()[1].with_masks(replace(measured(m000=10.0), **change)))
     with pytest.raises(DataError, match=r"the masks were timed with .*\n  hint: measure them here: .*--engine onnxruntime --threads 1"):

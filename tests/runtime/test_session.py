@@ -243,6 +243,7 @@ def test_on_a_gpu_values_are_copied_there_and_what_is_read_comes_back(monkeypatc
     expected = [Session(artifact).run(x) for x in inputs(8)]
     on_a_gpu(monkeypatch)
     session = Session(artifact, engine="onnxruntime:cuda")
+    assert (session.engine.full_name, Session(artifact).engine.full_name) == ("onnxruntime:cuda", "onnxruntime")
     for x, answer in zip(inputs(8), expected):
         found = session.run(x)
         assert (found.exit, found.logits.tolist()) == (answer.exit, answer.logits.tolist())
@@ -258,12 +259,27 @@ def test_a_provider_that_silently_does_not_start_is_an_error(monkeypatch):
         Session(exported("identity")[1], engine="onnxruntime:cuda")
 
 
-def test_engines_that_tensorrt_built_are_kept(monkeypatch, tmp_path):
+def test_what_tensorrt_built_is_kept_apart_for_each_content(monkeypatch, tmp_path):
+    """ONNX Runtime's own key for it is made of names, the same in networks with other weights."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    name, options = onnxruntime_engine._with_options("TensorrtExecutionProvider")
-    assert (name, options["trt_engine_cache_enable"]) == ("TensorrtExecutionProvider", "1")
-    assert Path(options["trt_engine_cache_path"]).is_dir()
-    assert onnxruntime_engine._with_options("CUDAExecutionProvider") == "CUDAExecutionProvider"
+    weights = {"w": np.ones((2, 3), np.float32)}
+    cases = [
+        (b"model", weights),
+        (b"other", weights),
+        (b"model", {"w": weights["w"] * 2}),
+        (b"model", {"w": weights["w"].reshape(3, 2)}),
+        (b"model", {}),
+    ]
+    paths = [onnxruntime_engine._tensorrt_options(*case)["trt_engine_cache_path"] for case in cases]
+    assert len(set(paths)) == len(cases)
+    assert all(Path(path).is_dir() for path in paths)
+    assert onnxruntime_engine._tensorrt_options(b"model", weights)["trt_engine_cache_path"] == paths[0]
+
+
+def test_without_a_place_for_it_tensorrt_builds_each_time(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert onnxruntime_engine._tensorrt_options(b"model", {}) == {}
 
 
 def test_auto_and_a_named_provider_are_onnx_runtime():

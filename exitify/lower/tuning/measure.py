@@ -168,6 +168,8 @@ class LocalRunner(Worker, Runner):
     def seconds(self, kernels: Sequence[tirx.PrimFunc], repeats: int) -> list[float]:
         answer = self.ask(_request(kernels, self.machine, repeats))
         if "failure" in answer:
+            if isinstance(self.machine, GpuMachine):
+                self.close()  # after an illegal address CUDA answers nothing in that process any more
             raise NotMeasured(answer["failure"])
         return answer["seconds"]
 

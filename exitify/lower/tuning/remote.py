@@ -58,13 +58,14 @@ class _Board:
             linker: The command that links for it.
             repeats: Timings of each, about 5 ms long.
         """
-        if not self._is_there():
+        on_gpu = target["kind"] == "cuda"
+        if not self._is_there(on_gpu):
             return {"gone": "it does not answer"}
         try:
             return {"seconds": self._seconds(kernels, target, driver, linker, repeats)}
         except Exception as error:
             said = str(error).rpartition("Error caught from RPC call:")[2].strip().partition("\n")[0]
-            return {"failure" if self._is_there() else "lost": f"{type(error).__name__}: {said}"[:300]}
+            return {"failure" if self._is_there(on_gpu) else "lost": f"{type(error).__name__}: {said}"[:300]}
 
     def _seconds(self, kernels: Sequence[str], target: dict[str, Any], driver: str, linker: Sequence[str], repeats: int) -> list[float]:
         """Median seconds a call of each kernel, timed in turn so that a slower moment of the board hits them all."""
@@ -84,9 +85,11 @@ class _Board:
             self.session.upload(str(built(module, target, driver, linker, Path(folder, name))))
         return self.session.load_module(name)
 
-    def _is_there(self) -> bool:
-        """Whether the board still answers."""
+    def _is_there(self, on_gpu: bool) -> bool:
+        """Whether the board still answers, its GPU too: after an illegal address CUDA does not, for as long as the session lasts."""
         try:
+            if on_gpu and self.session.cuda().exist:
+                self.session.cuda().sync()
             return bool(self.session.get_function("tvm.rpc.server.workpath")("."))
         except Exception:
             return False

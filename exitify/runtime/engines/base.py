@@ -32,6 +32,10 @@ class Bound(abc.ABC):
         """Copy the input, `(1, *shape)`, into its buffer."""
 
     @abc.abstractmethod
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Let these stand in place of those of the same names; they must not change as long as they do."""
+
+    @abc.abstractmethod
     def step(self, index: int) -> None:
         """Run the stretch of this number; the ones before it have run."""
 
@@ -87,6 +91,9 @@ class _PlainBound(Bound):
 
     def set_input(self, x: Array) -> None:
         self.values = {self.input_name: np.array(x)}
+
+    def set_parameters(self, parameters: Parameters) -> None:
+        self.parameters = {**self.parameters, **parameters}
 
     def step(self, index: int) -> None:
         stretch = self.stretches[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ class OnnxRuntimeEngine(Engine):
                 f"this installation of ONNX Runtime has no {provider!r} provider",
                 f"it offers {', '.join(f'onnxruntime:{name}' for name in offered)}",
             )
-        self.device = "cpu" if provider == "cpu" else "cuda"
+        self.device, self.library = ("cpu", "") if provider == "cpu" else ("cuda", provider)
         self._runners: dict[tuple[object, ...], _Runner] = {}
         self._lock = threading.Lock()
 
@@ -61,8 +62,9 @@ class OnnxRuntimeEngine(Engine):
         options.log_severity_level = 3
         if outside:
             options.add_external_initializers(list(outside), [ort.OrtValue.ortvalue_from_numpy(tensor) for tensor in outside.values()])
+        providers = [(name, _tensorrt_options(model, outside)) if name.startswith("Tensorrt") else name for name in self.providers]
         try:
-            session = ort.InferenceSession(model, options, providers=[_with_options(name) for name in self.providers])
+            session = ort.InferenceSession(model, options, providers=providers)
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime refuses {', '.join(stretch.segments)}: {first_line(error)}", "update onnxruntime, or transform the model again"
@@ -107,6 +109,14 @@ class _Binding(Bound):
                 binding.bind_ortvalue_output(name, given[name])
             self.steps.append((session.run_with_iobinding, binding))
         self._alive = given
+        self._device = engine.device
+        self._readers = {name: [binding for stretch, (_, binding) in zip(stretches, self.steps) if name in stretch.parameters] for name in parameters}
+
+    def set_parameters(self, parameters: Parameters) -> None:
+        for name, array in parameters.items():
+            self._alive[name] = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+            for binding in self._readers[name]:
+                binding.bind_ortvalue_input(name, self._alive[name])
 
     def set_input(self, x: Array) -> None:
         np.copyto(self.input, x)
@@ -124,13 +134,21 @@ class _Binding(Bound):
         return self.buffers[name] if self.is_here else self._alive[name].numpy()
 
 
-def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
-    """TensorRT takes minutes to build its engines: they are kept for the next session."""
-    if provider != "TensorrtExecutionProvider":
-        return provider
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exitify" / "tensorrt"
-    kept.mkdir(parents=True, exist_ok=True)
-    return provider, {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(kept)}
+def _tensorrt_options(model: bytes, outside: Mapping[str, Array]) -> dict[str, str]:
+    """TensorRT takes minutes to build its engines: they are kept for the next session.
+
+    ONNX Runtime finds one by names in the graph alone, of which networks with other weights have the same: each has a folder of its own.
+    """
+    content = hashlib.sha256(model)
+    for name, tensor in sorted(outside.items()):
+        content.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        content.update(np.ascontiguousarray(tensor).data)
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exitify" / "tensorrt" / content.hexdigest()
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: they are built each time
+        return {}
+    return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(kept)}
 
 
 def _failed(stretch: Stretch, error: Exception) -> EngineError:

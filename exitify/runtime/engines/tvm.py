@@ -173,6 +173,10 @@ class _Binding(Bound):
         np.copyto(self.input, x)
         self.engine.device.refresh(self._given, self.input)
 
+    def set_parameters(self, parameters: Parameters) -> None:
+        self.engine.use_threads()
+        self.values.update({name: self.engine.device.place(array) for name, array in parameters.items()})
+
     def step(self, index: int) -> None:
         values = self.values
         try:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tvm
 
-from exitify.artifact.artifact import Artifact
 from exitify.lower.graphics import GpuMachine, gpu_machine_of
 from exitify.lower.library import Kernels, lower_segments
 from exitify.lower.linking import linker
@@ -27,13 +26,16 @@ TUNE = """
 import sys
 from pathlib import Path
 from exitify.artifact.artifact import Artifact
+from exitify.errors import EngineError
 from exitify.lower.pipeline import compile_artifact
 from exitify.lower.tuning.database import Database
 from exitify.targets import load_target
 path, folder, precision, trials = sys.argv[1:]
 artifact, database = Artifact.open(path), Database(Path(folder))
-made = compile_artifact(artifact, load_target("cuda"), device="gpu", precision=precision, trials=int(trials), database=database)
-made.save(path)
+try:
+    compile_artifact(artifact, load_target("cuda"), device="gpu", precision=precision, trials=int(trials), database=database)
+except EngineError as error:
+    print(error.problem)
 """
 
 ANSWER = """
@@ -55,8 +57,8 @@ def kernels_of(precision: str) -> tuple[Kernels, list[Task]]:
 def test_a_search_measures_launches_on_the_gpu_and_keeps_what_it_measured(gpu: FakeGpu, tmp_path: Path) -> None:
     trials = 16
     path = exported("identity")[1].save(tmp_path / "net.exitify")
-    gpu.python(TUNE, path, tmp_path / "db", "fp32", trials)
-    assert Artifact.open(path).targets[GPU].trials == trials
+    said = gpu.python(TUNE, path, tmp_path / "db", "fp32", trials)
+    assert "on this GPU differs from the reference by" in said  # this driver computes nothing: what is at hand is checked, and caught
     lines = [json.loads(line) for file in (tmp_path / "db").iterdir() for line in file.read_text().splitlines()]
     measured = [line for line in lines if "seconds" in line]
     assert len(measured) == trials
