@@ -39,13 +39,15 @@ def fold_norms(model: ModelProto, tensors: Arrays, switching: AbstractSet[str] =
             kept.append(node)
             continue
         scale, shift = _scale_and_shift(node, tensors)
+        bias = tensors[convolution.input[2]].astype(np.float64) if len(convolution.input) > 2 else 0.0
+        shift = bias * scale + shift
         if not switching.isdisjoint(node.input[1:]):
             kept += _beside(node, tensors[convolution.input[1]], scale, shift, tensors)
+            del convolution.input[2:]
             continue
         weight = tensors[convolution.input[1]].astype(np.float64)
-        bias = tensors[convolution.input[2]].astype(np.float64) if len(convolution.input) > 2 else 0.0
         value = node.output[0]
-        folded = {f"{value}:weight": weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), f"{value}:bias": bias * scale + shift}
+        folded = {f"{value}:weight": weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), f"{value}:bias": shift}
         tensors.update({name: array.astype(tensors[convolution.input[1]].dtype) for name, array in folded.items()})
         del convolution.input[1:]
         convolution.input.extend(folded)
