@@ -92,6 +92,10 @@ class UnknownProfile(ExitifyError):
     """No profile has that name."""
 
 
+class StateError(ExitifyError):
+    """What a device has learnt cannot be read, or belongs to another artifact; the session goes on without it."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of somebody else's error, or its type when it says nothing, for a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

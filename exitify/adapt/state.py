@@ -1,0 +1,244 @@
+"""What a device has learnt: classifiers in snapshots, and why each is there. Data alone, bound to one artifact, in a file of its own.
+
+The file is a container like an artifact's: `state.json` first, then `heads/<number>.safetensors` for each snapshot. It is written beside the old
+one and renamed, so that whoever is interrupted finds the old state or the new.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitify.adapt.update import Classifier
+from exitify.artifact import container
+from exitify.artifact.artifact import HEADS_FILE, LARGEST_RECORD, Artifact
+from exitify.artifact.tensors import read_tensors, write_tensors
+from exitify.errors import ArtifactError, RecordError, StateError
+from exitify.files import written_whole
+from exitify.plan import ExitPoint
+from exitify.records import dumps, from_json, loads
+
+Array = NDArray[Any]
+
+FORMAT = 1
+KEPT = 8
+"""Snapshots that are kept; of more the oldest go."""
+EVENTS = 1000
+"""Events that are kept; of more the oldest go."""
+FACTORY = 0
+"""The number of the artifact's own classifiers, which every state can go back to."""
+RECORD = "state.json"
+_AGAIN = "the session goes on with the artifact's own heads; `exitify state reset` starts over"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Classifiers at some moment. number: From 1, never used again. updates: Made until then. reason: Why it was taken. seconds: Since 1970."""
+
+    number: int
+    updates: int
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that was decided. updates: Made until then. exit: The one that it concerns, empty for all. reason: With its figures."""
+
+    updates: int
+    what: str
+    exit: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """What stands in `state.json`.
+
+    model_id: Of the artifact. updates: Made so far. current: The snapshot in use, `FACTORY` for none. next: The number of the next one.
+    """
+
+    format: int
+    model_id: str
+    updates: int = 0
+    current: int = FACTORY
+    next: int = 1
+    snapshots: tuple[Snapshot, ...] = ()
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """A state in memory. Frozen: each change returns a new one.
+
+    artifact: That it belongs to. tensors: Classifiers of each snapshot, by its number and then by name.
+    """
+
+    artifact: Artifact = field(repr=False)
+    record: StateRecord
+    tensors: Mapping[int, Mapping[str, Array]] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def fresh(cls, artifact: Artifact) -> State:
+        """Nothing learnt yet.
+
+        Raises:
+            StateError: the artifact has no exits that could learn.
+        """
+        if not artifact.plan.exits:
+            raise StateError("the artifact has no exits that could learn", "transform with `--exits auto`")
+        return cls(artifact, StateRecord(FORMAT, artifact.manifest.model_id))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], artifact: Artifact) -> State:
+        """Read and check a state.
+
+        Raises:
+            StateError: it is not there, not whole, of another artifact, or of a version that this release does not read.
+        """
+        place = Path(path)
+        try:
+            if place.stat().st_size > most_bytes(artifact):
+                raise StateError(f"{place} has {place.stat().st_size} bytes, and a state of this artifact {most_bytes(artifact)} at most", _AGAIN)
+            files = container.read(place.read_bytes())
+            return _parsed(files, artifact, place)
+        except OSError as error:
+            raise StateError(f"cannot read {place}: {error.strerror or error}", "`exitify adapt` makes one") from error
+        except (ArtifactError, RecordError) as error:
+            raise StateError(f"{place} is no whole state: {error.problem.replace('the artifact', 'it')}", _AGAIN) from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the state in place of what is there; until the last byte is on the disk that stays.
+
+        Raises:
+            NotWritten: no space, no permission, no such folder.
+        """
+        files: dict[str, bytes] = {RECORD: dumps(self.record)}
+        files.update({_path(number): write_tensors(tensors) for number, tensors in self.tensors.items()})
+        with written_whole(path) as stream:
+            container.write(stream, files)
+        return Path(path)
+
+    def current(self) -> dict[str, Array]:
+        """The classifiers in use, by name; the artifact's own where nothing was learnt."""
+        return {**factory(self.artifact), **self.tensors.get(self.record.current, {})}
+
+    def keep(self, tensors: Mapping[str, Array], updates: int, reason: str) -> State:
+        """These classifiers as a snapshot, in use from now on.
+
+        Args:
+            updates: Made since the state was fresh.
+        """
+        number = self.record.next
+        snapshot = Snapshot(number, updates, reason, time.time())
+        kept = (*self.record.snapshots, snapshot)[-KEPT:]
+        numbers = {one.number for one in kept}
+        arrays = {n: held for n, held in {**self.tensors, number: dict(tensors)}.items() if n in numbers}
+        return replace(self, record=replace(self.record, updates=updates, current=number, next=number + 1, snapshots=kept), tensors=arrays)
+
+    def note(self, what: str, reason: str, exit_name: str = "") -> State:
+        """The same with an event."""
+        event = Event(self.record.updates, what, exit_name, reason, time.time())
+        return replace(self, record=replace(self.record, events=(*self.record.events, event)[-EVENTS:]))
+
+    def back_to(self, number: int, reason: str) -> State:
+        """An older snapshot in use again, or the artifact's own classifiers (`FACTORY`); younger ones are kept.
+
+        Raises:
+            StateError: it is not kept any more.
+        """
+        if number != FACTORY and number not in self.tensors:
+            there_are = ", ".join(str(one.number) for one in self.record.snapshots) or "none"
+            raise StateError(f"the state has no snapshot {number}", f"it has {there_are}; {FACTORY} is the artifact's own heads")
+        changed = replace(self, record=replace(self.record, current=number))
+        return changed.note("rollback", f"{reason}; from snapshot {self.record.current} to {number}")
+
+    def drift(self) -> dict[str, float]:
+        """How far each exit's classifier is from the artifact's own, over that one's size."""
+        ours, theirs = self.current(), factory(self.artifact)
+        return {point.name: classifier_of(ours, point).distance(classifier_of(theirs, point)) for point in self.artifact.plan.exits}
+
+
+def merged(states: Sequence[State]) -> State:
+    """What several devices with one artifact have learnt: the mean of their classifiers, weighed by how many updates each has made.
+
+    Raises:
+        StateError: none are given, or they belong to different artifacts.
+    """
+    if not states:
+        raise StateError("there are no states to merge", "give two or more")
+    first = states[0]
+    if any(state.record.model_id != first.record.model_id for state in states):
+        raise StateError("these states belong to different artifacts", "merge those of one artifact")
+    counts = np.array([state.record.updates for state in states], np.float64)
+    total = counts.sum()
+    if not total:
+        return State.fresh(first.artifact)
+    held = [state.current() for state in states]
+    mean = {name: sum(count / total * one[name].astype(np.float64) for count, one in zip(counts, held)).astype(np.float32) for name in held[0]}
+    return State.fresh(first.artifact).keep(
+        mean, int(total), f"merged from {len(states)} states with {', '.join(map(str, counts.astype(int)))} updates"
+    )
+
+
+def factory(artifact: Artifact) -> dict[str, Array]:
+    """The artifact's own classifiers, by name."""
+    heads = artifact.tensors(HEADS_FILE)
+    return {name: heads[name] for point in artifact.plan.exits for name in (point.weight, point.bias)}
+
+
+def classifier_of(tensors: Mapping[str, Array], point: ExitPoint) -> Classifier:
+    """One exit's."""
+    return Classifier(tensors[point.weight], tensors[point.bias])
+
+
+def most_bytes(artifact: Artifact) -> int:
+    """What a state of this artifact can have."""
+    return LARGEST_RECORD + KEPT * (sum(array.nbytes for array in factory(artifact).values()) + 64 * 1024)
+
+
+def _path(number: int) -> str:
+    return f"heads/{number}.safetensors"
+
+
+def _parsed(files: Mapping[str, memoryview], artifact: Artifact, place: Path) -> State:
+    if next(iter(files), "") != RECORD or len(files[RECORD]) > LARGEST_RECORD:
+        raise StateError(f"{place} is no state: {RECORD} is not its first file", _AGAIN)
+    document = loads(bytes(files[RECORD]), RECORD)
+    version = document.get("format") if isinstance(document, dict) else None
+    if version != FORMAT or type(version) is not int:
+        raise StateError(f"{place} has format {version!r:.40}, and this release reads {FORMAT}", "install the exitify that wrote it")
+    record = from_json(StateRecord, document, RECORD)
+    if record.model_id != artifact.manifest.model_id:
+        raise StateError(f"{place} belongs to another artifact, {record.model_id[:16]}", f"this one is {artifact.manifest.model_id[:16]}; {_AGAIN}")
+    numbers = [one.number for one in record.snapshots]
+    holds = (
+        numbers == sorted(set(numbers))
+        and len(numbers) <= KEPT
+        and len(record.events) <= EVENTS
+        and (not numbers or (numbers[0] > FACTORY and numbers[-1] < record.next))
+        and record.current in (FACTORY, *numbers)
+        and record.updates >= 0
+        and set(files) == {RECORD, *map(_path, numbers)}
+    )
+    if not holds:
+        raise StateError(f"{place} contradicts itself: its snapshots are not those that it lists", _AGAIN)
+    own = factory(artifact)
+    tensors = {}
+    for number in numbers:
+        held = read_tensors(files[_path(number)], _path(number))
+        if {name: (array.dtype, array.shape) for name, array in held.items()} != {name: (array.dtype, array.shape) for name, array in own.items()}:
+            raise StateError(f"{place} holds in snapshot {number} other tensors than the artifact's classifiers", _AGAIN)
+        for name, array in held.items():
+            if not np.isfinite(array).all():
+                raise StateError(f"{place} holds in snapshot {number} a number in {name!r} that is not finite", _AGAIN)
+        tensors[number] = {name: np.array(array) for name, array in held.items()}
+    return State(artifact, record, tensors)
