@@ -28,14 +28,14 @@ from exitify.records import dumps, from_json, loads
 Array = NDArray[Any]
 
 FORMAT = 1
-KEPT = 8
+KEPT = 4
 """Snapshots that are kept; of more the oldest go."""
 EVENTS = 1000
 """Events that are kept; of more the oldest go."""
 FACTORY = 0
 """The number of the artifact's own classifiers, which every state can go back to."""
 RECORD = "state.json"
-_AGAIN = "the session goes on with the artifact's own heads; `exitify state reset` starts over"
+_AGAIN = "go on with the artifact's own heads: State.fresh(artifact) starts over"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class State:
             files = container.read(place.read_bytes())
             return _parsed(files, artifact, place)
         except OSError as error:
-            raise StateError(f"cannot read {place}: {error.strerror or error}", "`exitify adapt` makes one") from error
+            raise StateError(f"cannot read {place}: {error.strerror or error}", "State.fresh(artifact) begins one") from error
         except (ArtifactError, RecordError) as error:
             raise StateError(f"{place} is no whole state: {error.problem.replace('the artifact', 'it')}", _AGAIN) from error
 
@@ -135,13 +135,20 @@ class State:
         """These classifiers as a snapshot, in use from now on.
 
         Args:
-            updates: Made since the state was fresh.
+            tensors: By name; those left out are as in the snapshot in use. updates: Made since the state was fresh.
+
+        Raises:
+            StateError: they are no classifiers of this artifact, or not finite.
         """
+        held, own = {**self.current(), **tensors}, factory(self.artifact)
+        for name, array in held.items():
+            if name not in own or (array.dtype, array.shape) != (own[name].dtype, own[name].shape) or not np.isfinite(array).all():
+                raise StateError(f"{name!r} is no classifier of the artifact, or holds a number that is not finite", "go back to a snapshot")
         number = self.record.next
         snapshot = Snapshot(number, updates, reason, time.time())
         kept = (*self.record.snapshots, snapshot)[-KEPT:]
         numbers = {one.number for one in kept}
-        arrays = {n: held for n, held in {**self.tensors, number: dict(tensors)}.items() if n in numbers}
+        arrays = {n: held for n, held in {**self.tensors, number: held}.items() if n in numbers}
         return replace(self, record=replace(self.record, updates=updates, current=number, next=number + 1, snapshots=kept), tensors=arrays)
 
     def note(self, what: str, reason: str, exit_name: str = "") -> State:
@@ -161,6 +168,10 @@ class State:
         changed = replace(self, record=replace(self.record, current=number))
         return changed.note("rollback", f"{reason}; from snapshot {self.record.current} to {number}")
 
+    def updates_in_use(self) -> int:
+        """How many updates the classifiers in use have had; after a rollback fewer than were made."""
+        return next((one.updates for one in self.record.snapshots if one.number == self.record.current), 0)
+
     def drift(self) -> dict[str, float]:
         """How far each exit's classifier is from the artifact's own, over that one's size."""
         ours, theirs = self.current(), factory(self.artifact)
@@ -168,7 +179,7 @@ class State:
 
 
 def merged(states: Sequence[State]) -> State:
-    """What several devices with one artifact have learnt: the mean of their classifiers, weighed by how many updates each has made.
+    """What several devices with one artifact have learnt: the mean of their classifiers, weighed by the updates that are in each.
 
     Raises:
         StateError: none are given, or they belong to different artifacts.
@@ -178,7 +189,7 @@ def merged(states: Sequence[State]) -> State:
     first = states[0]
     if any(state.record.model_id != first.record.model_id for state in states):
         raise StateError("these states belong to different artifacts", "merge those of one artifact")
-    counts = np.array([state.record.updates for state in states], np.float64)
+    counts = np.array([state.updates_in_use() for state in states], np.float64)
     total = counts.sum()
     if not total:
         return State.fresh(first.artifact)
@@ -224,7 +235,8 @@ def _parsed(files: Mapping[str, memoryview], artifact: Artifact, place: Path) ->
         numbers == sorted(set(numbers))
         and len(numbers) <= KEPT
         and len(record.events) <= EVENTS
-        and (not numbers or (numbers[0] > FACTORY and numbers[-1] < record.next))
+        and min(numbers, default=FACTORY + 1) > FACTORY
+        and record.next > max(numbers, default=FACTORY)
         and record.current in (FACTORY, *numbers)
         and record.updates >= 0
         and set(files) == {RECORD, *map(_path, numbers)}

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from exitify.runtime.engines.base import aligned
+
 Array = NDArray[np.float32]
 
 _ROWS = 64
@@ -101,7 +103,7 @@ def step(
 
 def _less(weight: Array, error: Array, features: Array) -> Array:
     """`weight - error^T features`, some rows after the others."""
-    result = np.empty_like(weight)
+    result = aligned(weight.shape, weight.dtype.name)  # so that engines take it as it is
     product = np.empty((min(_ROWS, len(weight)), weight.shape[1]), np.float32)
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, min(start + _ROWS, len(weight)))

@@ -19,6 +19,7 @@ from exitify.targets.board import conditions
 
 ROUNDS = 25
 """How often each is timed, in turn with the others."""
+_FOR_NAMES = re.compile(r"[^A-Za-z0-9_.]+")
 LEAST_SECONDS = 2e-3
 """A segment is run so often that one reading takes as long: a clock says little of microseconds."""
 
@@ -73,9 +74,10 @@ def name_of(times: SegmentTimes) -> str:
     """What times are called unless somebody says otherwise: `orin-nano-8gb-15W-fixed-tvm.gpu`."""
     engine, _, library = times.engine.partition(":")
     where = times.conditions
-    with_what = engine + (library.removeprefix(where.board) if library.startswith(where.board) else f"-{library}" if library else "")
-    parts = (where.board, where.power_mode, where.clocks, with_what, f"{times.threads}-threads" if times.threads > 1 else "")
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(filter(None, parts))).strip("-.")[:64]
+    with_what = engine + (library.removeprefix(where.board) if where.board and library.startswith(where.board) else f"-{library}" if library else "")
+    parts = (where.power_mode, where.clocks, with_what, f"{times.threads}-threads" if times.threads > 1 else "")
+    rest, board = (_FOR_NAMES.sub("-", text).strip("-.") for text in ("-".join(filter(None, parts)), where.board))
+    return f"{board[: 63 - len(rest)].strip('-.')}-{rest}".strip("-.")  # of a long name the end tells times apart
 
 
 def run_times(plan: Plan, times: SegmentTimes, enabled: Collection[str], mask: Mask) -> dict[str, float]:

@@ -18,7 +18,7 @@ from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL, SCORES, Mask, Stretch, mask_text
 from exitify.runtime.engines import make_engine
-from exitify.runtime.engines.base import Array, Bound, Engine, Runner
+from exitify.runtime.engines.base import ALIGNMENT, Array, Bound, Engine, Runner, aligned
 from exitify.targets.board import conditions
 
 COPY_MACS_A_BYTE = 4
@@ -96,13 +96,12 @@ class ExitsVersion:
     """What may change between two runs with nothing loaded again: classifiers, and how a profile's exits decide.
 
     number: Of the version, from 0. tensors: Classifiers in place of the artifact's, by name; nobody changes them afterwards.
-    settings: In place of the profile's, by exit; temperatures divide logits. profile: The one that they belong to.
+    settings: In place of a profile's, by its name and by exit.
     """
 
     number: int = 0
     tensors: Mapping[str, Array] = field(default_factory=dict)
-    settings: Mapping[str, ExitSetting] = field(default_factory=dict)
-    profile: str | None = None
+    settings: Mapping[str, Mapping[str, ExitSetting]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,14 @@ class _Setup:
     """Everything that follows from a profile.
 
     mask: The skip paths that are left out. has_exits: Whether the run may stop early.
+    parameters: What its heads take. profile: Its name, empty for a setup of no profile.
     """
 
     mask: Mask
     has_exits: bool
     steps: tuple[_Step, ...]
     parameters: dict[str, Array]
+    profile: str = ""
 
 
 class Session:
@@ -192,16 +193,18 @@ class Session:
             DataError: nothing was measured, or under other conditions, or every mask takes longer than the budget.
         """
         if budget_ms is not None:
-            self._setup = self._plain_setup(self.artifact.plan.mask(self._mask_within(budget_ms)))
-            self.profile_name = None
+            setup = self._plain_setup(self.artifact.plan.mask(self._mask_within(budget_ms)))
+            with self._changing:
+                self._setup, self.profile_name = setup, None
             return
         if profile is None and "default" in self.artifact.profiles:
             profile = "default"
         name = None if profile == NO_PROFILE else profile
         if name is not None and name not in self._calibrated:
-            self._calibrated.setdefault(name, self._make_setup(self.artifact.profile(name)))
-        self._setup = self._plain_setup(self.artifact.plan.mask(None)) if name is None else self._calibrated[name]
-        self.profile_name = name
+            self._calibrated.setdefault(name, replace(self._make_setup(self.artifact.profile(name)), profile=name))
+        setup = self._plain_setup(self.artifact.plan.mask(None)) if name is None else self._calibrated[name]
+        with self._changing:
+            self._setup, self.profile_name = setup, name
 
     def run(self, x: Array, skip: str | Sequence[bool] | None = None) -> Answer:
         """Answer for one sample, stopping as soon as the profile allows.
@@ -263,19 +266,23 @@ class Session:
         assert answer is not None
         return Trace(answer, tuple(visits), full)
 
-    def change_exits(self, tensors: Mapping[str, Array] | None = None, settings: Mapping[str, ExitSetting] | None = None) -> ExitsVersion:
+    def change_exits(
+        self, tensors: Mapping[str, Array] | None = None, settings: Mapping[str, ExitSetting] | None = None, *, profile: str | None = None
+    ) -> ExitsVersion:
         """Let classifiers and settings stand in place of the artifact's from the next run on; runs under way end with those they began with.
 
         Args:
             tensors: Weights `(classes, width)` and biases `(classes,)`, float32, by their names in the plan; they must not be changed
                 afterwards. Those left out stay as they are.
-            settings: Thresholds and temperatures of the profile in use, by exit. An exit that the profile has switched off stays off.
+            settings: How exits of a profile decide, by exit. One that is not enabled is not taken, though its head still runs; one that the
+                profile itself has switched off stays off.
+            profile: The one that settings are for, by default the one in use. They stay with it while others are used.
 
         Returns:
             The version that is now in use.
 
         Raises:
-            DataError: a name, shape or number that cannot be.
+            DataError: a name, shape or number that cannot be, or settings where there is no profile. UnknownProfile: there is none of that name.
         """
         for name, array in (tensors or {}).items():
             before = self._heads.get(name) if name in {n for point in self.artifact.plan.exits for n in (point.weight, point.bias)} else None
@@ -289,10 +296,15 @@ class Session:
             self.artifact.plan.exit(name)
             if not (math.isfinite(setting.threshold) and LEAST_TEMPERATURE <= setting.temperature <= MOST_TEMPERATURE):
                 raise DataError(f"the exit {name!r} cannot decide by {setting}", "calibrate again")
+        if profile is not None:
+            self.artifact.profile(profile)
+        fitting = {name: array if array.ctypes.data % ALIGNMENT == 0 else _aligned_copy(array) for name, array in (tensors or {}).items()}
         with self._changing:
-            now = self.version
-            of_profile = now.settings if now.profile == self.profile_name else {}
-            self.version = ExitsVersion(now.number + 1, {**now.tensors, **(tensors or {})}, {**of_profile, **(settings or {})}, self.profile_name)
+            now, of = self.version, profile or self.profile_name
+            if settings and of is None:
+                raise DataError("settings are for a profile's exits, and none is in use", "use one, or name it")
+            changed = {**now.settings, of: {**now.settings.get(of, {}), **settings}} if settings and of else now.settings
+            self.version = ExitsVersion(now.number + 1, {**now.tensors, **fitting}, changed)
             return self.version
 
     def forget_changes(self) -> None:
@@ -430,33 +442,30 @@ class Session:
                     remaining_macs=int(macs[-1] - spent),
                 )
             )
-        parameters = {name: np.ascontiguousarray(self._heads[name]) for point in plan.exits for name in (point.weight, point.bias)}
-        parameters.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
+        heads = {name: np.ascontiguousarray(self._heads[name]) for point in plan.exits for name in (point.weight, point.bias)}
+        heads.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
+        parameters = {name: heads[name] for stretch in stretches for name in stretch.parameters}
         return _Setup(mask, bool(enabled), tuple(steps), parameters)
 
     def _parameters(self, setup: _Setup, version: ExitsVersion) -> Mapping[str, Array]:
         """What heads take under this version."""
         if version.number == 0:
             return setup.parameters
-        changed: dict[str, Array] = dict(version.tensors)
-        if setup is self._calibrated.get(version.profile or ""):
-            points = {point.name: point.temperature for point in self.artifact.plan.exits}
-            changed.update({points[name]: np.array(setting.temperature, np.float32) for name, setting in version.settings.items()})
-        return {**setup.parameters, **changed}
+        points = {point.name: point.temperature for point in self.artifact.plan.exits}
+        settings = version.settings.get(setup.profile, {})
+        temperatures = {points[name]: np.array(setting.temperature, np.float32) for name, setting in settings.items()}
+        return {name: temperatures.get(name, version.tensors.get(name, array)) for name, array in setup.parameters.items()}
 
     def _changed(self, setup: _Setup, version: ExitsVersion) -> Sequence[_Step]:
         """The setup's steps, their exits decided as this version says."""
-        if not version.settings or setup is not self._calibrated.get(version.profile or ""):
+        settings = version.settings.get(setup.profile, {})
+        if not settings:
             return setup.steps
-        found: dict[int, Sequence[_Step]] = self._local.__dict__.setdefault("steps", {})
-        if version.number not in found:
-            found.clear()
-            found[version.number] = [
-                replace(step, threshold=_as_float32(setting.threshold), temperature=setting.temperature) if setting is not None else step
-                for step in setup.steps
-                for setting in [version.settings.get(step.stretch.exit)]
-            ]
-        return found[version.number]
+        found: dict[int, tuple[int, Sequence[_Step]]] = self._local.__dict__.setdefault("steps", {})
+        if id(setup) not in found or found[id(setup)][0] != version.number:
+            steps = [_decided(step, settings[step.stretch.exit]) if step.stretch.exit in settings else step for step in setup.steps]
+            found[id(setup)] = version.number, steps
+        return found[id(setup)][1]
 
     def _call(self, step: _Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: values[name] for name in step.stretch.inputs}
@@ -473,10 +482,11 @@ class Session:
         bound: Bound = self._local.bound
         numbers: dict[int, int] = self._local.__dict__.setdefault("numbers", {})
         if numbers.get(id(setup), 0) != version.number:
-            before = setup.parameters if id(setup) not in numbers else self._local.given[id(setup)]
-            now = self._parameters(setup, version)
-            bound.set_parameters({name: array for name, array in now.items() if array is not before[name]})
-            self._local.__dict__.setdefault("given", {})[id(setup)] = now
+            given: dict[int, Mapping[str, Array]] = self._local.__dict__.setdefault("given", {})
+            before, now = given.get(id(setup), setup.parameters), self._parameters(setup, version)
+            given[id(setup)] = {}  # whatever is interrupted is given whole the next time
+            bound.set_parameters({name: array for name, array in now.items() if array is not before.get(name)})
+            given[id(setup)] = now
             numbers[id(setup)] = version.number
         return bound
 
@@ -509,6 +519,18 @@ class Session:
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
             raise DataError(f"the input holds {x[at]} at {at}", "clean the input: the network's answer to it would mean nothing")
         return x
+
+
+def _decided(step: _Step, setting: ExitSetting) -> _Step:
+    """The step, its exit taken as this setting says."""
+    return replace(step, threshold=_as_float32(setting.threshold) if setting.enabled else math.inf, temperature=setting.temperature)
+
+
+def _aligned_copy(array: Array) -> Array:
+    """A copy that engines take as it is, so that all threads share it."""
+    copy = aligned(array.shape, array.dtype.name)
+    np.copyto(copy, array)
+    return copy
 
 
 @np.errstate(over="ignore", invalid="ignore")  # whether the sum's overflow is reported depends on the processor's BLAS kernel

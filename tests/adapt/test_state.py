@@ -107,6 +107,29 @@ def test_drift_is_how_far_a_head_has_moved(artifact: Artifact) -> None:
     assert State.fresh(artifact).keep(scaled, 1, "").drift() == {point.name: pytest.approx(0.2, rel=1e-4) for point in artifact.plan.exits}
 
 
+@pytest.mark.parametrize("wrong", ["name", "shape", "dtype", "number"])
+def test_what_could_not_be_read_again_is_not_kept(wrong: str, artifact: Artifact) -> None:
+    state, (name, array) = learnt(artifact), next(iter(factory(artifact).items()))
+    given = {"name": {"other": array}, "shape": {name: array[:1]}, "dtype": {name: array.astype(np.float64)}, "number": {name: array * np.nan}}[wrong]
+    with pytest.raises(StateError, match="is no classifier of the artifact, or holds a number that is not finite"):
+        state.keep(given, 300, "")
+
+
+def test_what_is_left_out_is_as_in_the_snapshot_in_use(artifact: Artifact, tmp_path: Path) -> None:
+    name = next(iter(factory(artifact)))
+    state = learnt(artifact).keep({name: moved(artifact, 7.0)[name]}, 300, "one head")
+    again = State.open(state.save(tmp_path / "device.state"), artifact).current()
+    for other, array in again.items():
+        assert np.array_equal(array, moved(artifact, 7.0 if other == name else 0.02)[other])
+
+
+def test_a_device_that_went_back_counts_for_what_it_uses(artifact: Artifact) -> None:
+    back = State.fresh(artifact).keep(moved(artifact, 9.0), 1000, "").back_to(FACTORY, "")
+    learner = State.fresh(artifact).keep(moved(artifact, 1.0), 10, "")
+    for name, array in merged([back, learner]).current().items():
+        np.testing.assert_allclose(array, factory(artifact)[name] + 1.0, rtol=1e-6)
+
+
 def test_merged_states_are_means_weighed_by_updates(artifact: Artifact) -> None:
     one, other = (State.fresh(artifact).keep(moved(artifact, by), updates, "") for by, updates in ((1.0, 300), (5.0, 100)))
     both = merged([one, other])
@@ -185,7 +208,7 @@ def test_every_damaged_byte_and_every_length_is_refused(artifact: Artifact, tmp_
 
 def test_a_state_that_is_too_large_or_missing_is_refused_unread(artifact: Artifact, tmp_path: Path) -> None:
     path = tmp_path / "device.state"
-    with pytest.raises(StateError, match=f"^cannot read {path}: No such file or directory\n  hint: `exitify adapt` makes one$"):
+    with pytest.raises(StateError, match=f"^cannot read {path}: No such file or directory\n  hint: State.fresh\\(artifact\\) begins one$"):
         State.open(path, artifact)
     with open(path, "wb") as stream:
         stream.truncate(module.most_bytes(artifact) + 1)

@@ -132,6 +132,10 @@ def test_times_are_called_after_the_board_its_power_mode_and_the_engine(artifact
     assert name_of(times) == "orin-nano-8gb-15W-fixed-tvm"
     assert name_of(replace(times, engine="tvm:orin-nano-8gb.gpu.fp16", threads=2)) == "orin-nano-8gb-15W-fixed-tvm.gpu.fp16-2-threads"
     assert name_of(replace(times, engine="onnxruntime:cuda", conditions=replace(BOARD, clocks="free"))) == "orin-nano-8gb-15W-free-onnxruntime-cuda"
+    long = Conditions("11th Gen Intel(R) Core(TM) i7-1185G7 with Radeon Graphics @ 3.00GHz", "", "")
+    names = {name_of(replace(times, engine=engine, threads=n, conditions=long)) for engine in ("onnxruntime", "tvm:host") for n in (1, 2, 4)}
+    assert len(names) == 6
+    assert all(len(name) <= 64 for name in names)
     assert (
         name_of(replace(as_costs(artifact), engine="onnxruntime", conditions=Conditions("AMD EPYC (8 cores)", "", "")))
         == "AMD-EPYC-8-cores-onnxruntime"

@@ -10,7 +10,7 @@ import pytest
 from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact
 from exitify.artifact.manifest import ExitSetting
 from exitify.artifact.tensors import write_tensors
-from exitify.errors import DataError, PlanError
+from exitify.errors import DataError, PlanError, UnknownProfile
 from exitify.plan import FINAL
 from exitify.runtime.session import Session
 from tests.artifacts import inputs, profile_for
@@ -84,6 +84,69 @@ def test_settings_belong_to_the_profile_that_was_in_use() -> None:
     assert {answer.exit for answer in session.run_batch(x)} == {"exit1"}
 
 
+def test_settings_stay_with_their_profile_while_another_is_used_and_heads_change() -> None:
+    artifact = network()
+    artifact = artifact.with_profile("other", artifact.profile("default"))
+    session, x = Session(artifact), inputs(12)
+    session.change_exits(settings={name: ExitSetting(True, 1.5, 1.0) for name in ("exit1", "exit2")})
+    session.use("other")
+    session.change_exits(other_heads(artifact))
+    session.change_exits(settings={"exit1": ExitSetting(True, 0.0, 1.0)})
+    assert {answer.exit for answer in session.run_batch(x)} == {"exit1"}
+    session.use("default")
+    assert {answer.exit for answer in session.run_batch(x)} == {answer.exit for answer in map(session.run, x)} == {FINAL}
+    session.change_exits(settings={"exit2": ExitSetting(True, 0.0, 1.0)}, profile="other")
+    assert {answer.exit for answer in session.run_batch(x)} == {FINAL}
+
+
+def test_settings_where_there_is_no_profile_are_refused() -> None:
+    session = Session(network(), profile="none")
+    with pytest.raises(DataError, match="settings are for a profile's exits, and none is in use"):
+        session.change_exits(settings={"exit1": ExitSetting(True, 0.0, 1.0)})
+    with pytest.raises(UnknownProfile, match="no profile 'summer'"):
+        session.change_exits(settings={"exit1": ExitSetting(True, 0.0, 1.0)}, profile="summer")
+
+
+def test_an_exit_that_is_switched_off_is_not_taken() -> None:
+    session, x = Session(network()), inputs(12)
+    session.change_exits(settings={"exit1": ExitSetting(enabled=False, threshold=0.0, temperature=1.0)})
+    assert "exit1" not in {answer.exit for answer in session.run_batch(x)} | {session.run(row).exit for row in x}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_setup_without_heads_is_given_none(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = network()
+    session, x = Session(artifact, engine=engine, profile="none"), inputs(1)[0]
+    before = session.run(x).logits
+    given: list[str] = []
+    bound = session._local.bound
+    monkeypatch.setattr(type(bound), "set_parameters", lambda self, parameters: given.extend(parameters))
+    session.change_exits(other_heads(artifact))
+    assert np.array_equal(session.run(x).logits, before)
+    assert given == []
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "tvm"])
+def test_what_was_interrupted_while_it_was_given_is_given_whole_the_next_time(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = network()
+    session, x, old = Session(artifact, engine=engine), inputs(1)[0], other_heads(artifact, 1)
+    session.change_exits(old, {"exit1": ExitSetting(True, 0.0, 1.0)})
+    expected = session.run(x).logits
+    real = type(session._local.bound).set_parameters
+
+    def half(self: object, parameters: dict[str, np.ndarray]) -> None:
+        real(self, dict(list(parameters.items())[:1]))
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(session._local.bound), "set_parameters", half)
+        session.change_exits(other_heads(artifact, 2))
+        with pytest.raises(MemoryError):
+            session.run(x)
+    session.change_exits(old)
+    assert np.array_equal(session.run(x).logits, expected)
+
+
 def test_versions_are_counted_and_keep_what_is_not_changed() -> None:
     artifact = network()
     session, changed = Session(artifact), other_heads(artifact)
@@ -92,7 +155,7 @@ def test_versions_are_counted_and_keep_what_is_not_changed() -> None:
     assert session.change_exits({first: changed[first]}).number == 1
     version = session.change_exits({second: changed[second]})
     assert (version.number, set(version.tensors)) == (2, {first, second})
-    assert version.tensors[first] is changed[first]
+    assert np.array_equal(version.tensors[first], changed[first])
 
 
 def test_a_trace_shows_every_exit_on_the_way_and_the_end_if_it_is_asked_for() -> None:

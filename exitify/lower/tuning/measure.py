@@ -167,6 +167,8 @@ class LocalRunner(Worker, Runner):
 
     def seconds(self, kernels: Sequence[tirx.PrimFunc], repeats: int) -> list[float]:
         answer = self.ask(_request(kernels, self.machine, repeats))
+        if "unable" in answer:
+            raise ExitifyError(*answer["unable"])
         if "failure" in answer:
             if isinstance(self.machine, GpuMachine):
                 self.close()  # after an illegal address CUDA answers nothing in that process any more
@@ -261,6 +263,9 @@ class RpcRunner(Runner):
                 self.answered.append((board.address, len(kernels)))
                 self._give_back(board)
                 return answer["seconds"]
+            if "unable" in answer:
+                self._give_back(board)
+                raise ExitifyError(*answer["unable"])
             if "failure" in answer:
                 self._give_back(board)
                 raise NotMeasured(answer["failure"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exitify.errors import first_line
+from exitify.lower.nvrtc import NoCompiler
 from exitify.lower.tuning.worker import built, timed_in_turn
 from exitify.runtime.engines.cuda import NoGpu
 
@@ -50,7 +51,8 @@ class _Board:
         self.uploaded = 0
 
     def answer(self, kernels: Sequence[str], target: dict[str, Any], driver: str, linker: Sequence[str], repeats: int) -> dict[str, Any]:
-        """The request's answer: `seconds`, or why there are none: `failure`, of the kernels, `lost`, of the board, or `gone`, lost before.
+        """The request's answer: `seconds`, or why there are none: `failure`, of the kernels, `lost`, of the board, `gone`, lost before, or `unable`,
+        problem and hint, where no kernel could be timed.
 
         Args:
             kernels: Modules with one scheduled function `main` each, TVM's JSON.
@@ -63,6 +65,8 @@ class _Board:
             return {"gone": "it does not answer"}
         try:
             return {"seconds": self._seconds(kernels, target, driver, linker, repeats)}
+        except (NoGpu, NoCompiler) as error:  # no kernel's fault
+            return {"unable": [error.problem, error.hint]}
         except Exception as error:
             said = str(error).rpartition("Error caught from RPC call:")[2].strip().partition("\n")[0]
             return {"failure" if self._is_there(on_gpu) else "lost": f"{type(error).__name__}: {said}"[:300]}

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from exitify.lower.linking import link_with
+from exitify.lower.nvrtc import NoCompiler
+from exitify.runtime.engines.cuda import NoGpu
 
 CPU_DEVICE, RPC_DEVICE = 1, 128
 """DLPack's number of a processor, and what TVM adds to a device's number behind RPC, for each hop."""
@@ -37,6 +39,8 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer: dict[str, Any] = {"seconds": seconds_of(**json.loads(line))}
+        except (NoGpu, NoCompiler) as error:  # no kernel's fault
+            answer = {"unable": [error.problem, error.hint]}
         except Exception as error:
             answer = {"failure": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(answer), file=answers, flush=True)
@@ -116,7 +120,7 @@ def timed_in_turn(loaded: Sequence[Any], modules: Sequence[Any], device: Any, re
     times: list[list[float]] = [[] for _ in timers]
     for _ in range(repeats):
         for timer, given, found in zip(timers, arguments, times):
-            found.append(timer(*given).mean)
+            found.append(float(np.median(timer(*given).results)))
     return [float(np.median(found)) for found in times]
 
 

@@ -13,6 +13,8 @@ from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact, parame
 from exitify.artifact.onnx_graph import Graph, join
 from exitify.plan import Stretch, Value
 
+ALIGNMENT = 64
+"""What compiled code takes for granted of an array's address; nothing checks it."""
 Array = NDArray[Any]
 Parameters = Mapping[str, Array]
 
@@ -102,3 +104,11 @@ class _PlainBound(Bound):
 
     def value(self, name: str) -> Array:
         return self.values[name]
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> Array:
+    """An array of zeros at an address that compiled code accepts."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)

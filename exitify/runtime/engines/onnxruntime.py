@@ -113,10 +113,11 @@ class _Binding(Bound):
         self._readers = {name: [binding for stretch, (_, binding) in zip(stretches, self.steps) if name in stretch.parameters] for name in parameters}
 
     def set_parameters(self, parameters: Parameters) -> None:
-        for name, array in parameters.items():
-            self._alive[name] = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        made = {name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0) for name, array in parameters.items()}
+        for name, value in made.items():
             for binding in self._readers[name]:
-                binding.bind_ortvalue_input(name, self._alive[name])
+                binding.bind_ortvalue_input(name, value)
+        self._alive.update(made)
 
     def set_input(self, x: Array) -> None:
         np.copyto(self.input, x)

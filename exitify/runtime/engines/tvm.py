@@ -24,7 +24,7 @@ from exitify.artifact.manifest import Compiled
 from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.errors import EngineError, LibraryRefused, first_line
 from exitify.plan import Segment, Stretch
-from exitify.runtime.engines.base import Array, Bound, Engine, Parameters, Runner
+from exitify.runtime.engines.base import ALIGNMENT, Array, Bound, Engine, Parameters, Runner, aligned
 from exitify.runtime.engines.cuda import NoGpu, gpu_at_hand, load_sidecar, offer_kernels
 from exitify.runtime.engines.elf import architecture_of
 from exitify.targets import processor
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALIGNMENT = 64
-"""What compiled code takes for granted of an array's address; nothing checks it."""
 _AGAIN = "compile again: exitify compile"
 
 
@@ -275,14 +273,6 @@ class _Gpu(_Device):
         array = np.empty(tuple(tensor.shape), str(tensor.dtype))
         self._read(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
         return array
-
-
-def aligned(shape: tuple[int, ...], dtype: str) -> Array:
-    """An array of zeros at an address that compiled code accepts."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    buffer = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _tensor(array: Array) -> Any:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import tvm
 
+from exitify.errors import ExitifyError
 from exitify.lower.graphics import GpuMachine, gpu_machine_of
 from exitify.lower.library import Kernels, lower_segments
 from exitify.lower.linking import linker
 from exitify.lower.pipeline import compile_artifact
 from exitify.lower.tuning import space, worker
 from exitify.lower.tuning.database import Database, Known
+from exitify.lower.tuning.measure import LocalRunner
+from exitify.lower.tuning.search import tune, unheard
 from exitify.lower.tuning.tasks import Task, tasks_of
 from exitify.runtime.session import Session
 from exitify.targets import load_target, processor
@@ -64,6 +67,20 @@ def test_a_search_measures_launches_on_the_gpu_and_keeps_what_it_measured(gpu: F
     assert len(measured) == trials
     assert sum(bool(line["seconds"]) for line in measured) > trials / 2
     assert gpu.launched()
+
+
+def test_where_no_kernel_can_be_timed_the_search_ends_and_nothing_is_kept_against_them(tmp_path: Path) -> None:
+    """There is no GPU in this process: that is no kernel's fault."""
+    _, tasks = kernels_of("fp32")
+    machine, database = gpu_machine_of(load_target("cuda"), ORIN, "12.6"), Database(tmp_path / "db")
+    runner = LocalRunner(machine)
+    try:
+        with pytest.raises(ExitifyError, match=r"^TVM's CUDA runtime cannot be loaded: "):
+            tune(tasks, machine, database, runner, 4, unheard)
+    finally:
+        runner.close()
+    assert {database.read(task.key).searched for task in tasks} == {0}
+    assert not any(database.read(task.key).seconds for task in tasks)
 
 
 def test_gpus_are_tuned_apart_from_one_another_and_from_processors() -> None:
