@@ -132,7 +132,7 @@ def bench(
     progress("timing", len(rows), len(rows))
     first = times[next(iter(times))]
     answers: dict[str, Callable[[NDArray[Any]], object]] = {**contenders, "exitify": session.run}
-    spent = _energy(answers, rails, samples.inputs(rows[:KEPT]), progress) if rails else {}
+    spent = _energy(answers, rails, samples.inputs(rows[:KEPT]), progress) if energy else {}
     timings = tuple(_summary(name, values, first, right[name] / len(rows), spent.get(name)) for name, values in times.items())
     exits = {name: left[name] / len(rows) for name in artifact.plan.exit_names}
     return BenchReport(timings, exits, macs / len(rows) / artifact.plan.full_macs, len(rows), threads, conditions())

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import settings
 
 from tests.emulator import CannotEmulate, EmulatedPython, emulated_python
-from tests.fake_cuda import CannotFake, FakeGpu
+from tests.fake_cuda import FakeGpu, made_or_skipped
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("EXITIFY_DATA", ROOT.parent / "shared" / "data"))
@@ -113,10 +113,7 @@ def aarch64_linker() -> list[str]:
 @pytest.fixture(scope="session")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> FakeGpu:
     """CUDA's driver and runtime without a GPU, whose kernels the processor computes."""
-    try:
-        return FakeGpu(tmp_path_factory.mktemp("fake_gpu"))
-    except CannotFake as reason:
-        pytest.skip(str(reason))
+    return made_or_skipped(FakeGpu, tmp_path_factory.mktemp("fake_gpu"))
 
 
 def cannot_emulate(reason: str) -> NoReturn:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from exitify.adapt.update import Classifier
 from exitify.artifact import container
-from exitify.artifact.artifact import HEADS_FILE, LARGEST_RECORD, Artifact
+from exitify.artifact.artifact import LARGEST_RECORD, Artifact
 from exitify.artifact.tensors import read_tensors, write_tensors
 from exitify.errors import ArtifactError, RecordError, StateError
 from exitify.files import written_whole
@@ -129,7 +129,7 @@ class State:
 
     def current(self) -> dict[str, Array]:
         """The classifiers in use, by name; the artifact's own where nothing was learnt."""
-        return {**factory(self.artifact), **self.tensors.get(self.record.current, {})}
+        return {**self.artifact.classifiers(), **self.tensors.get(self.record.current, {})}
 
     def keep(self, tensors: Mapping[str, Array], updates: int, reason: str) -> State:
         """These classifiers as a snapshot, in use from now on.
@@ -140,7 +140,7 @@ class State:
         Raises:
             StateError: they are no classifiers of this artifact, or not finite.
         """
-        held, own = {**self.current(), **tensors}, factory(self.artifact)
+        held, own = {**self.current(), **tensors}, self.artifact.classifiers()
         for name, array in held.items():
             if name not in own or (array.dtype, array.shape) != (own[name].dtype, own[name].shape) or not np.isfinite(array).all():
                 raise StateError(f"{name!r} is no classifier of the artifact, or holds a number that is not finite", "go back to a snapshot")
@@ -174,7 +174,7 @@ class State:
 
     def drift(self) -> dict[str, float]:
         """How far each exit's classifier is from the artifact's own, over that one's size."""
-        ours, theirs = self.current(), factory(self.artifact)
+        ours, theirs = self.current(), self.artifact.classifiers()
         return {point.name: classifier_of(ours, point).distance(classifier_of(theirs, point)) for point in self.artifact.plan.exits}
 
 
@@ -200,12 +200,6 @@ def merged(states: Sequence[State]) -> State:
     )
 
 
-def factory(artifact: Artifact) -> dict[str, Array]:
-    """The artifact's own classifiers, by name."""
-    heads = artifact.tensors(HEADS_FILE)
-    return {name: heads[name] for point in artifact.plan.exits for name in (point.weight, point.bias)}
-
-
 def classifier_of(tensors: Mapping[str, Array], point: ExitPoint) -> Classifier:
     """One exit's."""
     return Classifier(tensors[point.weight], tensors[point.bias])
@@ -213,7 +207,7 @@ def classifier_of(tensors: Mapping[str, Array], point: ExitPoint) -> Classifier:
 
 def most_bytes(artifact: Artifact) -> int:
     """What a state of this artifact can have."""
-    return LARGEST_RECORD + KEPT * (sum(array.nbytes for array in factory(artifact).values()) + 64 * 1024)
+    return LARGEST_RECORD + KEPT * (sum(array.nbytes for array in artifact.classifiers().values()) + 64 * 1024)
 
 
 def _path(number: int) -> str:
@@ -243,7 +237,7 @@ def _parsed(files: Mapping[str, memoryview], artifact: Artifact, place: Path) ->
     )
     if not holds:
         raise StateError(f"{place} contradicts itself: its snapshots are not those that it lists", _AGAIN)
-    own = factory(artifact)
+    own = artifact.classifiers()
     tensors = {}
     for number in numbers:
         held = read_tensors(files[_path(number)], _path(number))

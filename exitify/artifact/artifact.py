@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
-from exitify.artifact.manifest import FORMAT, Compiled, FileEntry, Manifest, MaskTable, Profile, SegmentTimes, target_name
+from exitify.artifact.manifest import FORMAT, MARK, Compiled, FileEntry, Manifest, MaskTable, Profile, SegmentTimes, target_name
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, identity, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
@@ -56,7 +56,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _TARGET_FILES = ("compiled.json", "library.so", "weights.safetensors")
 _KERNEL_FILES = ("kernels.cubin", "kernels.ptx")
 """What a target with a GPU has besides: machine code for its architecture, and PTX for newer ones."""
-_MARK = re.compile(r"exitify kernels [0-9a-f]{64}")
+_MARK = re.compile(f"{MARK}[0-9a-f]{{64}}")
 _ARCHITECTURE, _VERSION = re.compile(r"sm_[0-9]{2,3}"), re.compile(r"[0-9]{1,3}\.[0-9]{1,3}")
 T = TypeVar("T")
 
@@ -131,6 +131,11 @@ class Artifact:
     def tensors(self, path: str) -> dict[str, NDArray[np.generic]]:
         """The tensors of a safetensors file in the container (`WEIGHTS_FILE` for instance), read in place."""
         return read_tensors(memoryview(self.files[path]), path)
+
+    def classifiers(self) -> dict[str, NDArray[np.generic]]:
+        """The last layer of every head, weight and bias by name: what heads are given, and may be given others for."""
+        heads = self.tensors(HEADS_FILE)
+        return {name: heads[name] for point in self.plan.exits for name in (point.weight, point.bias)}
 
     def graph(self, segment: str, skipped: Collection[str] = ()) -> Graph:
         """A segment's ONNX graph, as it runs while these skip paths are left out."""

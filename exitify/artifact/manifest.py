@@ -270,6 +270,10 @@ class CompiledSegment:
     error: float
 
 
+MARK = "exitify kernels "
+"""What a library holds in place of CUDA source, followed by that source's sha256."""
+
+
 @dataclass(frozen=True)
 class GpuKernels:
     """The kernels beside a library for a GPU, `kernels.cubin` and `kernels.ptx`.

@@ -67,9 +67,9 @@ def find_rails(root: Path = ROOT) -> list[Rail]:
     board = board_at_hand(root)
     if board is None:
         raise NoPower("energy is measured on a Jetson, and this machine is none", "leave --energy out")
-    if not board.target:
+    wanted = load_target(board.target).rails if board.target else ()
+    if not wanted:
         raise NoPower(f"the rails of {board.model} are not known", f"name them in a target's file for {', '.join(board.modules) or 'it'}")
-    wanted = load_target(board.target).rails
     channels = _channels(root)
     if not channels:
         raise NoPower(f"there is no INA3221 power monitor under /{MONITORS}", "the kernel has no driver for it, or this is a container without /sys")

@@ -28,6 +28,7 @@ from types import FrameType
 from exitify.board.tracker import GET_PENDING, PUT, UPDATE_INFO, Tracker, listen, receive, say_at_once
 from exitify.errors import EngineError, ExitifyError, first_line
 from exitify.runtime.engines.cuda import NoGpu, accept_kernels, load_sidecar
+from exitify.runtime.engines.tvm_library import runtime_library
 
 _MAGIC, _MISMATCH = 0xFF271, 0xFF273
 """What client and server of TVM's RPC greet each other with (`tvm/rpc/base.py`)."""
@@ -255,13 +256,13 @@ def _serve_session(connection: socket.socket, listener: socket.socket, folder: P
 
 
 def _runtime() -> Path:
-    """TVM's runtime library, found without importing tvm, which would bring the compiler."""
-    found = importlib.util.find_spec("tvm") if importlib.util.find_spec("tvm_ffi") else None
-    for folder in found.submodule_search_locations or () if found else ():
-        path = Path(folder) / "lib" / "libtvm_runtime.so"
-        if path.is_file():
-            return path
-    raise EngineError("TVM's runtime is not installed here", "pip install 'exitify[tvm]'")
+    """TVM's runtime library; the session's process loads it, this one does not."""
+    try:
+        if importlib.util.find_spec("tvm_ffi") is None:
+            raise ModuleNotFoundError(name="apache-tvm-ffi")
+        return runtime_library()
+    except ModuleNotFoundError as error:
+        raise EngineError("TVM's runtime is not installed here", "pip install 'exitify[tvm]'") from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""TVM's tracker of boards: asking one, and being one.
+"""TVM's tracker of boards, asked.
 
 The protocol is that of TVM 0.27 (`tvm/rpc/tracker.py`): a magic number each way, then JSON texts, the length before each, one answer a request.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import errno
 import json
-import secrets
 import socket
 import struct
-from collections.abc import Callable
 from typing import Any
 
 from exitify.errors import ExitifyError
@@ -97,39 +95,6 @@ class Tracker:
     def close(self) -> None:
         """End the connection, and with it what was asked for or registered on it."""
         self._connection.close()
-
-
-def serve_tracker(host: str = "0.0.0.0", port: int = PORT, *, say: Callable[[str], None] = say_at_once) -> None:  # noqa: S104
-    """Be the tracker, until Ctrl-C. It trusts whoever reaches its port: only for a network of your own.
-
-    Args:
-        host: The address to listen at; by default every one that this machine has, since boards are elsewhere.
-        port: 0: one that is free.
-        say: Called with each line for people.
-
-    Raises:
-        ExitifyError: the address cannot be listened at, or TVM's tracker is not installed.
-    """
-    try:
-        import asyncio
-
-        from tvm.rpc.tracker import TrackerServerHandler
-    except ImportError as error:
-        raise ExitifyError(f"TVM's tracker does not start here: {error}", "pip install 'exitify[compile]'") from error
-    listener = listen(host, port, "choose another port, or end what listens there")
-    port = listener.getsockname()[1]
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    tracker = TrackerServerHandler(listener, secrets.token_hex())
-    say(f"tracker: boards register at port {port} of this machine; Ctrl-C ends it")
-    try:
-        tracker.run()
-    except KeyboardInterrupt:
-        say("tracker: ended")
-    finally:
-        tracker.stop()
-        asyncio.set_event_loop(None)
-        loop.close()
 
 
 def parse_place(text: str) -> tuple[str, int, str]:

@@ -377,8 +377,8 @@ def settled(
     """Settings whose promise carries what was measured at this step, under this mask."""
     if not (thresholds < NEVER).any():
         step = 0  # without an exit: what others of the folds' thresholds would give says nothing
-    if len(thresholds) and not (thresholds < NEVER).any():
-        promise = replace(promise, note=f"{_without_exits(NO_EXIT, mask)} {promise.note}")
+        if len(thresholds):
+            promise = replace(promise, note=f"{_without_exits(NO_EXIT, mask)} {promise.note}")
     measured = replace(
         promise,
         accuracy=held_out.full_accuracy - float(held_out.drop[step]),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from exitify.artifact.artifact import HEADS_FILE, NO_PROFILE, Artifact
+from exitify.artifact.artifact import NO_PROFILE, Artifact
 from exitify.artifact.manifest import SegmentTimes
 from exitify.plan import FINAL, Mask, Plan, Stretch
 from exitify.progress import Progress, silent
@@ -37,8 +37,7 @@ def measure_segments(
     plan = artifact.plan
     session = Session(artifact, engine=engine, profile=NO_PROFILE, threads=threads)
     x = np.random.default_rng(seed).standard_normal((1, *plan.values[plan.input].shape)).astype(plan.values[plan.input].dtype)
-    heads = artifact.tensors(HEADS_FILE)
-    parameters = {name: np.ascontiguousarray(heads[name]) for point in plan.exits for name in (point.weight, point.bias)}
+    parameters = {name: np.ascontiguousarray(array) for name, array in artifact.classifiers().items()}
     parameters |= {point.temperature: np.array(1.0, np.float32) for point in plan.exits}
     alone = [Stretch((s.name,), s.inputs, s.outputs, s.parameters, FINAL, s.cost) for s in plan.segments]
     bound = session.engine.bind(alone, parameters)

@@ -64,6 +64,6 @@ def tracker(
     port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 9190,
 ) -> None:
     """Be where boards register and `exitify compile --rpc` finds them, until Ctrl-C: only in a network of your own."""
-    from exitify.board.tracker import serve_tracker
+    from exitify.lower.tuning.tracker import serve_tracker
 
     serve_tracker(host, port)

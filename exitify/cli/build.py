@@ -234,9 +234,10 @@ def compile(  # noqa: A001
     _one_of("precision", precision, ("fp32", "fp16"))
     _one_of("device", device or "both", ("cpu", "gpu", "both"))
     here = board_at_hand() if target in ALIASES else None
-    board = load_target(here.target if here is not None and here.target else target)
+    own = here.target if here is not None else ""
+    board = load_target(own or target)
     check_name("target", board.name)
-    if target in ALIASES and not (here is not None and here.target):
+    if target in ALIASES and not own:
         log.warning("%s is %s here: code is the same for every board of that family, tuning and power are not; name yours", target, board.name)
     devices = {None: ["cpu", *(["gpu"] if board.gpu else [])], "both": ["cpu", "gpu"]}.get(device, [device])
     if device is None and target == "cuda":

@@ -118,7 +118,7 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, tile: T
         n, o, y, x, v = at
         return te.sum(pixel(n, first + i, y * sy + ry * dy, x * sx + rx * dx) * weight[o, first + i, ry, rx, v], axis=[i, ry, rx])
 
-    if several == shape.channels and data.dtype == "float32":
+    if data.dtype == "float32":
         sums = te.compute(computed, lambda *at: summed(at, 0), name="convolution", attrs=notes)
     else:
         part = te.reduce_axis((0, shape.channels // several), name="part")

@@ -15,10 +15,11 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
+from exitify.artifact.manifest import MARK
 from exitify.lower.library import Kernels, build
 from exitify.lower.nvrtc import Compiler, GpuCode, compiler_for
 from exitify.lower.processors import Machine, machine_of
-from exitify.runtime.engines.cuda import INLINE, MARK, NoGpu, gpu_at_hand
+from exitify.runtime.engines.cuda import INLINE, NoGpu, gpu_at_hand
 from exitify.targets import Target, TargetError
 
 THREADS_A_BLOCK, SHARED_BYTES_A_BLOCK, WARP = 1024, 48 * 1024, 32

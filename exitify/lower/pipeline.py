@@ -76,7 +76,7 @@ def compile_artifact(
     name = target_name(target.name, on_gpu=device == "gpu", precision=precision)
     check_name("target", name)
     machine, command, compiler = tools_for(target, device, architecture, jetpack)
-    host = machine if isinstance(machine, Machine) else machine.host
+    host = machine.host
     if trials and runner is None and not machine.is_here:
         raise ExitifyError(f"kernels for {machine.tuned_on} cannot be measured on this machine", "give a board: --rpc HOST:PORT/KEY")
     steps = ("lowering", "compiling", "linking", "checking")
@@ -137,12 +137,10 @@ def tools_for(target: Target, device: Device, architecture: str = "", jetpack: s
     Raises:
         TargetError, NoLinker, NoCompiler: there is no way to make code for the target.
     """
-    if device == "cpu":
-        machine = machine_of(target)
-        return machine, linker(machine.triple.split("-")[0], processor.architecture()), None
-    driver = driver_of(target, jetpack)
-    gpu = gpu_machine_of(target, architecture, driver)
-    return gpu, linker(gpu.host.triple.split("-")[0], processor.architecture()), compiler_for(driver)
+    driver = driver_of(target, jetpack) if device == "gpu" else ""
+    machine = gpu_machine_of(target, architecture, driver) if device == "gpu" else machine_of(target)
+    command = linker(machine.host.architecture, processor.architecture())
+    return machine, command, compiler_for(driver) if device == "gpu" else None
 
 
 def _check_here(artifact: Artifact, kernels: Kernels, name: str, precision: Precision) -> None:

@@ -32,6 +32,16 @@ class Machine:
     tuned_on: str
 
     @property
+    def host(self) -> Machine:
+        """The processor that calls the kernels: itself."""
+        return self
+
+    @property
+    def architecture(self) -> str:
+        """`aarch64`, as the operating system calls it."""
+        return self.triple.split("-")[0]
+
+    @property
     def description(self) -> dict[str, Any]:
         """TVM's target as plain values."""
         described: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "num-cores": self.cores}
@@ -50,7 +60,7 @@ class Machine:
     @property
     def is_here(self) -> bool:
         """Whether the machine at hand can run the code."""
-        return self.triple.split("-")[0] == processor.architecture() and set(self.features) <= processor.features()
+        return self.architecture == processor.architecture() and set(self.features) <= processor.features()
 
 
 def machine_of(board: Target) -> Machine:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from exitify.artifact.artifact import HEADS_FILE, LEAST_TEMPERATURE, MOST_TEMPERATURE, NO_PROFILE, Artifact
+from exitify.artifact.artifact import LEAST_TEMPERATURE, MOST_TEMPERATURE, NO_PROFILE, Artifact
 from exitify.artifact.manifest import ExitSetting, InputContract, Profile
 from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
@@ -163,7 +163,7 @@ class Session:
         self._one_sample = (self.contract.shape, (1, *self.contract.shape))
         self._local = threading.local()
         self._changing = threading.Lock()
-        self._heads = artifact.tensors(HEADS_FILE)
+        self._heads = artifact.classifiers()
         self.version = ExitsVersion()
         self._calibrated: dict[str, _Setup] = {}
         self._plain: dict[Mask, _Setup] = {}
@@ -225,7 +225,7 @@ class Session:
         setup, version = self._setup if skip is None else self._with_mask(skip), self.version
         bound = self._bound(setup, version)
         bound.set_input(x if x.ndim > self._dimensions else x[None])
-        for index, step in enumerate(setup.steps if version.number == 0 else self._changed(setup, version)):
+        for index, step in enumerate(self._changed(setup, version)):
             bound.step(index)
             if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
                 break
@@ -285,7 +285,7 @@ class Session:
             DataError: a name, shape or number that cannot be, or settings where there is no profile. UnknownProfile: there is none of that name.
         """
         for name, array in (tensors or {}).items():
-            before = self._heads.get(name) if name in {n for point in self.artifact.plan.exits for n in (point.weight, point.bias)} else None
+            before = self._heads.get(name)
             if before is None:
                 raise DataError(f"no head has a classifier {name!r}", "see `exitify inspect`")
             if array.shape != before.shape or array.dtype != before.dtype or not array.flags.c_contiguous:
@@ -442,7 +442,7 @@ class Session:
                     remaining_macs=int(macs[-1] - spent),
                 )
             )
-        heads = {name: np.ascontiguousarray(self._heads[name]) for point in plan.exits for name in (point.weight, point.bias)}
+        heads = {name: np.ascontiguousarray(array) for name, array in self._heads.items()}
         heads.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
         parameters = {name: heads[name] for stretch in stretches for name in stretch.parameters}
         return _Setup(mask, bool(enabled), tuple(steps), parameters)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from exitify.adapt import state as module
-from exitify.adapt.state import EVENTS, FACTORY, KEPT, RECORD, State, factory, merged
+from exitify.adapt.state import EVENTS, FACTORY, KEPT, RECORD, State, merged
 from exitify.artifact import container
 from exitify.artifact.artifact import HEADS_FILE, Artifact
 from exitify.artifact.tensors import write_tensors
@@ -33,7 +33,7 @@ def artifact() -> Artifact:
 
 
 def moved(artifact: Artifact, by: float) -> dict[str, np.ndarray]:
-    return {name: (array + np.float32(by)).astype(np.float32) for name, array in factory(artifact).items()}
+    return {name: (array + np.float32(by)).astype(np.float32) for name, array in artifact.classifiers().items()}
 
 
 def learnt(artifact: Artifact, snapshots: int = 2) -> State:
@@ -73,7 +73,8 @@ def test_a_fresh_state_is_the_artifacts_own_heads(artifact: Artifact) -> None:
     state = State.fresh(artifact)
     assert state.record.current == FACTORY
     assert all(
-        array is state.artifact.tensors(HEADS_FILE)[name] or np.array_equal(array, factory(artifact)[name]) for name, array in state.current().items()
+        array is state.artifact.tensors(HEADS_FILE)[name] or np.array_equal(array, artifact.classifiers()[name])
+        for name, array in state.current().items()
     )
     assert set(state.drift().values()) == {0.0}
 
@@ -103,20 +104,20 @@ def test_the_oldest_snapshots_and_events_go(artifact: Artifact, tmp_path: Path) 
 
 
 def test_drift_is_how_far_a_head_has_moved(artifact: Artifact) -> None:
-    scaled = {name: (array * np.float32(1.2)).astype(np.float32) for name, array in factory(artifact).items()}
+    scaled = {name: (array * np.float32(1.2)).astype(np.float32) for name, array in artifact.classifiers().items()}
     assert State.fresh(artifact).keep(scaled, 1, "").drift() == {point.name: pytest.approx(0.2, rel=1e-4) for point in artifact.plan.exits}
 
 
 @pytest.mark.parametrize("wrong", ["name", "shape", "dtype", "number"])
 def test_what_could_not_be_read_again_is_not_kept(wrong: str, artifact: Artifact) -> None:
-    state, (name, array) = learnt(artifact), next(iter(factory(artifact).items()))
+    state, (name, array) = learnt(artifact), next(iter(artifact.classifiers().items()))
     given = {"name": {"other": array}, "shape": {name: array[:1]}, "dtype": {name: array.astype(np.float64)}, "number": {name: array * np.nan}}[wrong]
     with pytest.raises(StateError, match="is no classifier of the artifact, or holds a number that is not finite"):
         state.keep(given, 300, "")
 
 
 def test_what_is_left_out_is_as_in_the_snapshot_in_use(artifact: Artifact, tmp_path: Path) -> None:
-    name = next(iter(factory(artifact)))
+    name = next(iter(artifact.classifiers()))
     state = learnt(artifact).keep({name: moved(artifact, 7.0)[name]}, 300, "one head")
     again = State.open(state.save(tmp_path / "device.state"), artifact).current()
     for other, array in again.items():
@@ -127,14 +128,14 @@ def test_a_device_that_went_back_counts_for_what_it_uses(artifact: Artifact) -> 
     back = State.fresh(artifact).keep(moved(artifact, 9.0), 1000, "").back_to(FACTORY, "")
     learner = State.fresh(artifact).keep(moved(artifact, 1.0), 10, "")
     for name, array in merged([back, learner]).current().items():
-        np.testing.assert_allclose(array, factory(artifact)[name] + 1.0, rtol=1e-6)
+        np.testing.assert_allclose(array, artifact.classifiers()[name] + 1.0, rtol=1e-6)
 
 
 def test_merged_states_are_means_weighed_by_updates(artifact: Artifact) -> None:
     one, other = (State.fresh(artifact).keep(moved(artifact, by), updates, "") for by, updates in ((1.0, 300), (5.0, 100)))
     both = merged([one, other])
     for name, array in both.current().items():
-        np.testing.assert_allclose(array, factory(artifact)[name] + 2.0, rtol=1e-6)
+        np.testing.assert_allclose(array, artifact.classifiers()[name] + 2.0, rtol=1e-6)
     assert both.record.updates == 400
     assert merged([State.fresh(artifact)] * 2).record == State.fresh(artifact).record
     with pytest.raises(StateError, match="there are no states to merge"):
@@ -174,11 +175,11 @@ CASES: dict[str, tuple[Callable[[Artifact], Callable[[dict[str, Any], dict[str, 
     "a file of another kind": (lambda a: lambda d, f: f.update({"run.py": b"import os"}), "contradicts itself"),
     "no record": (lambda a: lambda d, f: f.pop(RECORD), "is no state: state.json is not its first file"),
     "tensors of other shapes": (
-        lambda a: lambda d, f: f.update({"heads/1.safetensors": write_tensors({name: array[:1] for name, array in factory(a).items()})}),
+        lambda a: lambda d, f: f.update({"heads/1.safetensors": write_tensors({name: array[:1] for name, array in a.classifiers().items()})}),
         "holds in snapshot 1 other tensors than the artifact's classifiers",
     ),
     "a tensor that is no number": (
-        lambda a: lambda d, f: f.update({"heads/1.safetensors": write_tensors(broken(factory(a)))}),
+        lambda a: lambda d, f: f.update({"heads/1.safetensors": write_tensors(broken(a.classifiers()))}),
         "holds in snapshot 1 a number in .* that is not finite",
     ),
 }
@@ -218,7 +219,7 @@ def test_a_state_that_is_too_large_or_missing_is_refused_unread(artifact: Artifa
 
 SAVE = """
 import sys
-from exitify.adapt.state import State, factory
+from exitify.adapt.state import State
 from exitify.artifact.artifact import Artifact
 artifact, path = Artifact.open(sys.argv[1]), sys.argv[2]
 state = State.open(path, artifact)
@@ -226,7 +227,7 @@ print("ready", flush=True)
 updates = 0
 while True:
     updates += 1
-    moved = {name: array + updates for name, array in factory(artifact).items()}
+    moved = {name: array + updates for name, array in artifact.classifiers().items()}
     state = state.keep(moved, updates, "again").note("event", str(updates))
     state.save(path)
 """
@@ -239,7 +240,7 @@ def test_killed_at_any_moment_the_state_is_the_old_one_or_the_new(artifact: Arti
     """
     net, path = artifact.save(tmp_path / "net.exitify"), State.fresh(artifact).save(tmp_path / "device.state")
     draw, kills, last = random.Random(1), 0, 0
-    own = factory(artifact)
+    own = artifact.classifiers()
     while kills < 200:
         process = subprocess.Popen([sys.executable, "-c", SAVE, str(net), str(path)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None

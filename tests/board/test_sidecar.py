@@ -26,7 +26,7 @@ from exitify.files import NotWritten
 from exitify.runtime.engines import cuda
 from exitify.runtime.session import Session
 from tests.artifacts import inputs
-from tests.fake_cuda import FOLDER, CannotFake, FakeGpu
+from tests.fake_cuda import FOLDER, FakeGpu, made_or_skipped
 from tests.fake_cuda import _run as run
 from tests.gpu import GPU, on_gpu
 
@@ -140,10 +140,7 @@ class OlderGpu(FakeGpu):
 
 @pytest.fixture(scope="module")
 def older_gpu(tmp_path_factory: pytest.TempPathFactory) -> OlderGpu:
-    try:
-        return OlderGpu(tmp_path_factory.mktemp("older_gpu"))
-    except CannotFake as reason:
-        pytest.skip(str(reason))
+    return made_or_skipped(OlderGpu, tmp_path_factory.mktemp("older_gpu"))
 
 
 @pytest.fixture

@@ -12,29 +12,13 @@ from exitify.artifact.manifest import Conditions, MaskMeasured, MaskTable, Segme
 from exitify.calibration import time_budget
 from exitify.calibration.calibrate import calibrate
 from exitify.calibration.segment_times import mean_time, measure_segments, name_of, run_times
-from exitify.data import Samples, load_samples
 from exitify.errors import CalibrationError
 from exitify.plan import FINAL
 from exitify.targets.board import conditions
 from tests.compiled import compiled
-from tests.skipping import MASKS, pictures, skipping, torch_says
+from tests.skipping import MASKS
 
 BOARD = Conditions("orin-nano-8gb", "15W", "fixed")
-
-
-@pytest.fixture
-def artifact() -> Artifact:
-    return skipping()[1]
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
-    x = pictures(120, seed=3)
-    labels = torch_says("000", x)[FINAL].argmax(axis=1)
-    labels[::10] = (labels[::10] + 1) % 7
-    path = tmp_path_factory.mktemp("times") / "samples.npz"
-    np.savez(path, x=x, y=labels)
-    return load_samples(str(path), skipping()[1].manifest.input, classes=7)
 
 
 def as_costs(artifact: Artifact, whole_ms: float = 10.0, engine: str = "tvm:orin-nano-8gb") -> SegmentTimes:

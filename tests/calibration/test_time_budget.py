@@ -8,32 +8,14 @@ import weakref
 import numpy as np
 import pytest
 
-from exitify.artifact.artifact import Artifact
 from exitify.calibration import time_budget
 from exitify.calibration.calibrate import calibrate, record_outputs, settle_max_drop
 from exitify.calibration.thresholds import NEVER
 from exitify.calibration.time_budget import Candidate, Jury, greedy_masks, most_accurate
-from exitify.data import Samples, load_samples
 from exitify.errors import CalibrationError, PlanError
 from exitify.plan import FINAL, Plan, mask_text
 from exitify.runtime.session import Session
-from tests.skipping import MASKS, pictures, skipping, torch_says
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
-    """Inputs whose labels are the whole network's answers, but for a tenth of them."""
-    x = pictures(120, seed=3)
-    labels = torch_says("000", x)[FINAL].argmax(axis=1)
-    labels[::10] = (labels[::10] + 1) % 7
-    path = tmp_path_factory.mktemp("masks") / "samples.npz"
-    np.savez(path, x=x, y=labels)
-    return load_samples(str(path), skipping()[1].manifest.input, classes=7)
-
-
-@pytest.fixture
-def artifact() -> Artifact:
-    return skipping()[1]
+from tests.skipping import MASKS, skipping, torch_says
 
 
 @pytest.fixture

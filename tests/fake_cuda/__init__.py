@@ -13,6 +13,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeVar
+
+import pytest
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
@@ -88,6 +91,17 @@ class FakeGpu:
     def launched(self) -> list[str]:
         """Names of the kernels that the last program launched, in order."""
         return [line.split()[0] for line in self.launches.read_text().splitlines()] if self.launches.exists() else []
+
+
+Kind = TypeVar("Kind", bound=FakeGpu)
+
+
+def made_or_skipped(kind: type[Kind], folder: Path) -> Kind:
+    """A GPU of this kind; the test is skipped where it cannot be built."""
+    try:
+        return kind(folder)
+    except CannotFake as reason:
+        pytest.skip(str(reason))
 
 
 def _run(*command: object) -> None:

@@ -218,7 +218,7 @@ class RpcRunner(Runner):
         self.machine, self.place, self.patience, self.grace = machine, (host, port, key), patience, grace
         self.answered: list[tuple[str, int]] = []
         """For each call of `seconds` that was answered the board's address, and how many kernels it timed in turn."""
-        linker(_host(machine).triple.split("-")[0], processor.architecture())  # none is an error before a board is taken
+        linker(machine.host.architecture, processor.architecture())  # none is an error before a board is taken
         self._idle: list[_Board] = []
         self._busy: list[_Board] = []
         self._changed = threading.Condition()
@@ -388,14 +388,9 @@ class RpcRunner(Runner):
                 board.close()
 
 
-def _host(machine: Machine | GpuMachine) -> Machine:
-    """The processor, or the one beside the GPU."""
-    return machine if isinstance(machine, Machine) else machine.host
-
-
 def _request(kernels: Sequence[tirx.PrimFunc], machine: Machine | GpuMachine, repeats: int) -> dict[str, Any]:
     """What a process is asked: modules with one function `main` each, as TVM's JSON, and what to build them with."""
     driver = "" if isinstance(machine, Machine) else machine.driver
-    command = linker(_host(machine).triple.split("-")[0], processor.architecture())
+    command = linker(machine.host.architecture, processor.architecture())
     texts = [tvm.ir.save_json(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})) for kernel in kernels]
     return {"kernels": texts, "target": machine.description, "driver": driver, "linker": command, "repeats": repeats}

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exitify.artifact.manifest import MARK
 from exitify.errors import EngineError
-
-MARK = "exitify kernels "
-"""What a library holds in place of CUDA source, followed by that source's sha256."""
 
 INLINE = "exitify cubin "
 """What a kernel that is only to be timed holds, followed by its machine code in base64."""
@@ -100,6 +98,8 @@ def load_sidecar(tvm_libraries: Path) -> Path:
     built = bool(os.environ.get(_CHOSEN)) or own.is_file()
     path = own if built else tvm_libraries / SIDECAR
     try:
+        if not built:
+            _load_runtime_of_13()
         return _load(path)
     except OSError as error:
         hint = f"build it again: `exitify board sidecar`, or do without it: {_without(own)}" if built else _sidecar_hint()
@@ -120,11 +120,15 @@ def _sidecar_hint() -> str:
     return f"the driver is for CUDA {major}: {build}" if major < 13 else install
 
 
-@functools.lru_cache
-def _load(path: Path) -> Path:
-    for folder in sys.path:  # CUDA's runtime from PyPI, where the system has none
+def _load_runtime_of_13() -> None:
+    """CUDA's runtime for the wheel's library, from PyPI where the system has none."""
+    for folder in sys.path:
         for runtime in sorted(Path(folder).glob("nvidia/cu13/lib/libcudart.so.13")):
             ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+
+
+@functools.lru_cache
+def _load(path: Path) -> Path:
     ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     return path
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import tempfile
@@ -27,6 +26,7 @@ from exitify.plan import Segment, Stretch
 from exitify.runtime.engines.base import ALIGNMENT, Array, Bound, Engine, Parameters, Runner, aligned
 from exitify.runtime.engines.cuda import NoGpu, gpu_at_hand, load_sidecar, offer_kernels
 from exitify.runtime.engines.elf import architecture_of
+from exitify.runtime.engines.tvm_library import runtime_library
 from exitify.targets import processor
 
 # Read by TVM's thread pool when it starts: workers are not tied to cores, which they would share with whatever else runs
@@ -406,14 +406,10 @@ def _load(library: bytes, device: _Device) -> Callable[[], Any]:
 
 @functools.lru_cache(maxsize=1)
 def load_runtime() -> Path:
-    """TVM's runtime into this process, without importing tvm, which would bring the compiler; the folder that it is in."""
-    found = importlib.util.find_spec("tvm")
-    for folder in found.submodule_search_locations or () if found else ():
-        path = Path(folder) / "lib" / "libtvm_runtime.so"
-        if path.is_file():
-            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-            return path.parent
-    raise ModuleNotFoundError("no libtvm_runtime.so", name="apache-tvm")
+    """TVM's runtime into this process; the folder that it is in."""
+    path = runtime_library()
+    ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    return path.parent
 
 
 @functools.lru_cache(maxsize=1)

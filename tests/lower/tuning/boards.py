@@ -18,7 +18,7 @@ from tests.emulator import EmulatedPython
 
 HERE = "127.0.0.1"
 ROOT = Path(__file__).parent.parent.parent.parent
-TRACKER = "from exitify.board.tracker import serve_tracker; serve_tracker('127.0.0.1', {port})"
+TRACKER = "from exitify.lower.tuning.tracker import serve_tracker; serve_tracker('127.0.0.1', {port})"
 BOARD = "from exitify.board import serve; serve._RETRY = serve._AFTER_CLIENT = 0.3; serve.serve(('127.0.0.1', {port}), {key!r}, host='127.0.0.1')"
 
 

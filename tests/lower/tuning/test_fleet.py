@@ -23,13 +23,14 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from exitify.board.serve import serve
-from exitify.board.tracker import Tracker, parse_place, serve_tracker
+from exitify.board.tracker import Tracker, parse_place
 from exitify.errors import ExitifyError
 from exitify.lower.tuning import space
 from exitify.lower.tuning.database import Database, choice_text
 from exitify.lower.tuning.measure import NotMeasured, RpcRunner
 from exitify.lower.tuning.search import FINALISTS, tune, unheard
 from exitify.lower.tuning.tasks import Task
+from exitify.lower.tuning.tracker import serve_tracker
 from tests.lower.tuning.boards import HERE, Counted, address, boards, serving, tracker
 from tests.lower.tuning.test_tuning import Pretend, here, tasks
 
