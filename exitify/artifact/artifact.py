@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
 from exitify.artifact.manifest import FORMAT, MARK, Compiled, FileEntry, Manifest, MaskTable, Profile, SegmentTimes, target_name
+from exitify.artifact.memory import MEMORY_FILE, Memory, read_memory, write_memory
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, identity, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
 from exitify.errors import (
@@ -162,6 +163,21 @@ class Artifact:
         return changed
 
     @property
+    def memory(self) -> Memory | None:
+        """What it remembers of calibration samples, if anything."""
+        return read_memory(self.files[MEMORY_FILE], self.plan, self.manifest.model_id) if MEMORY_FILE in self.files else None
+
+    def with_memory(self, memory: Memory) -> Artifact:
+        """The same artifact with this memory, in place of an older one.
+
+        Raises:
+            MalformedManifest: it is another network's.
+        """
+        changed = build_artifact(self.manifest, {**self.files, MEMORY_FILE: write_memory(memory, self.manifest.model_id)})
+        _check_memory(changed)
+        return changed
+
+    @property
     def times(self) -> dict[str, SegmentTimes]:
         """What was measured of the segments, by name, oldest first."""
         paths = [path for path in self.files if path.startswith("times/")]
@@ -269,6 +285,7 @@ def check_artifact(artifact: Artifact) -> None:
     _check_profiles(artifact)
     _check_masks(artifact)
     _check_times(artifact)
+    _check_memory(artifact)
     _check_targets(artifact)
 
 
@@ -299,7 +316,7 @@ def _check_files(manifest: Manifest, files: Mapping[str, memoryview]) -> None:
         is_compiled = (
             path.startswith("targets/") and path.count("/") == 2 and path.endswith(tuple(f"/{name}" for name in (*_TARGET_FILES, *_KERNEL_FILES)))
         )
-        if path not in allowed and path != MASKS_FILE and not is_record and not is_compiled:
+        if path not in allowed and path not in (MASKS_FILE, MEMORY_FILE) and not is_record and not is_compiled:
             raise ExtraFile(f"the artifact holds {path!r}, which format {FORMAT} does not know", "do not use this file")
     for path in allowed:
         if path not in files:
@@ -418,6 +435,10 @@ def _check_masks(artifact: Artifact) -> None:
             raise MalformedManifest(f"{MASKS_FILE} has the mask {mask[:80]!r}, which is none of this network", _AGAIN)
     if not table.masks or min(measured.ms for measured in table.masks.values()) <= 0:
         raise MalformedManifest(f"{MASKS_FILE} has no masks, or one that takes no time", _AGAIN)
+
+
+def _check_memory(artifact: Artifact) -> None:
+    _translate(MEMORY_FILE, lambda: artifact.memory)
 
 
 def _check_times(artifact: Artifact) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exitify.artifact.artifact import NO_PROFILE, Artifact, check_name
+from exitify.artifact.artifact import NO_PROFILE, WEIGHTS_FILE, Artifact, check_name
 from exitify.artifact.manifest import ExitSetting, Profile, Promise, SegmentTimes
+from exitify.artifact.memory import remember
 from exitify.calibration.bounds import samples_needed, upper_bound
 from exitify.calibration.temperature import fit_temperature, log_softmax
 from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path, stricter_first
@@ -41,6 +42,7 @@ class Outputs:
 
     logits: `(K + 1, N, classes)`, the network's own last. labels: `(N,)`. engine: What computed them.
     mask: What was left out; whole: the logits when nothing is, `(N, classes)`, where something was.
+    features: What each early exit's classifier read, `(N, width)`, float16, by exit, where nothing was left out.
     """
 
     logits: NDArray[np.float32]
@@ -48,10 +50,13 @@ class Outputs:
     engine: str = ""
     mask: Mask = ()
     whole: NDArray[np.float32] | None = None
+    features: Mapping[str, NDArray[np.float16]] = field(default_factory=dict)
 
     def select(self, rows: NDArray[np.integer]) -> Outputs:
         """The same for these samples only."""
-        return replace(self, logits=self.logits[:, rows], labels=self.labels[rows], whole=None if self.whole is None else self.whole[rows])
+        features = {name: array[rows] for name, array in self.features.items()}
+        whole = None if self.whole is None else self.whole[rows]
+        return replace(self, logits=self.logits[:, rows], labels=self.labels[rows], whole=whole, features=features)
 
     def confidence(self, temperatures: NDArray[np.float64], policy: str) -> NDArray[np.float64]:
         """How sure each early exit is, `(K, N)`, by a policy's score at its temperature."""
@@ -146,7 +151,11 @@ def calibrate(
         assert risk is not None
         settings = settle_risk(outputs, artifact.plan, *risk, policy=policy, seed=seed)
     progress("searching thresholds", 1, 1)
-    return _with_settings(artifact, samples, mask, settings, name=name, policy=policy, engine=outputs.engine)
+    calibrated = _with_settings(artifact, samples, mask, settings, name=name, policy=policy, engine=outputs.engine)
+    if not outputs.features:
+        return calibrated
+    weights = memoryview(artifact.files[WEIGHTS_FILE]).nbytes
+    return calibrated.with_memory(remember(outputs.features, outputs.full, outputs.labels, weights))
 
 
 def _times_called(artifact: Artifact, name: str, budget_ms: float | None) -> SegmentTimes | None:
@@ -212,16 +221,22 @@ def record_outputs(
     names, mask = artifact.plan.exit_names, artifact.plan.mask(skip)
     parts: list[NDArray[np.float32]] = []
     whole: list[NDArray[np.float32]] = []
+    read: list[dict[str, NDArray[np.float16]]] = []
     done = 0
     for inputs, labels in samples.batches(rows_at_once(artifact.plan.values[artifact.plan.input])):
         progress("recording outputs", done, len(samples))
-        logits = session.record(inputs, mask).logits
-        parts.append(np.stack([logits[name] for name in names]))
+        recording = session.record(inputs, mask)
+        parts.append(np.stack([recording.logits[name] for name in names]))
+        if not any(mask):
+            with np.errstate(over="ignore"):  # a memory keeps what float16 can
+                read.append({name: array.astype(np.float16) for name, array in recording.features.items()})
         if any(mask) and full is None:
             whole.append(session.record(inputs).logits[FINAL])
         done += len(labels)
     progress("recording outputs", done, len(samples))
-    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.full_name, mask, np.concatenate(whole) if whole else full)
+    features = {point.name: np.concatenate([one[point.name] for one in read]) for point in artifact.plan.exits} if read else {}
+    all_of_it = np.concatenate(whole) if whole else full
+    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.full_name, mask, all_of_it, features)
 
 
 def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: str = "top1", seed: int = 0) -> Settings:

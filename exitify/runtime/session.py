@@ -7,13 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from exitify.artifact.artifact import LEAST_TEMPERATURE, MOST_TEMPERATURE, NO_PROFILE, Artifact
-from exitify.artifact.manifest import ExitSetting, InputContract, Profile
+from exitify.artifact.manifest import ExitSetting, InputContract
 from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL, SCORES, Mask, Stretch, mask_text
@@ -96,12 +96,13 @@ class ExitsVersion:
     """What may change between two runs with nothing loaded again: classifiers, and how a profile's exits decide.
 
     number: Of the version, from 0. tensors: Classifiers in place of the artifact's, by name; nobody changes them afterwards.
-    settings: In place of a profile's, by its name and by exit.
+    settings: In place of a profile's, by its name and by exit. setups: What follows from them, by the profile's name.
     """
 
     number: int = 0
     tensors: Mapping[str, Array] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, ExitSetting]] = field(default_factory=dict)
+    setups: Mapping[str, _Setup] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,12 @@ class _Step:
 class _Setup:
     """Everything that follows from a profile.
 
-    mask: The skip paths that are left out. has_exits: Whether the run may stop early.
-    parameters: What its heads take. profile: Its name, empty for a setup of no profile.
+    mask: The skip paths that are left out. exits: Names of those that are run. parameters: What their heads take.
+    profile: Its name, empty for a setup of no profile.
     """
 
     mask: Mask
-    has_exits: bool
+    exits: tuple[str, ...]
     steps: tuple[_Step, ...]
     parameters: dict[str, Array]
     profile: str = ""
@@ -168,6 +169,8 @@ class Session:
         self._calibrated: dict[str, _Setup] = {}
         self._plain: dict[Mask, _Setup] = {}
         self._recorders: dict[Mask, _Setup] = {}
+        self._runners: dict[Stretch, Runner] = {}
+        self._whole: dict[str, tuple[_Setup, _Setup]] = {}
         self.use(profile)
 
     @classmethod
@@ -201,7 +204,7 @@ class Session:
             profile = "default"
         name = None if profile == NO_PROFILE else profile
         if name is not None and name not in self._calibrated:
-            self._calibrated.setdefault(name, replace(self._make_setup(self.artifact.profile(name)), profile=name))
+            self._calibrated.setdefault(name, self._make_setup(name, {}))
         setup = self._plain_setup(self.artifact.plan.mask(None)) if name is None else self._calibrated[name]
         with self._changing:
             self._setup, self.profile_name = setup, name
@@ -222,10 +225,11 @@ class Session:
             x = self._ready(x)
             if x.shape[0] != 1:
                 raise DataError(f"run() takes one sample, and got {x.shape[0]}", "use run_batch()")
-        setup, version = self._setup if skip is None else self._with_mask(skip), self.version
+        version = self.version
+        setup = self._now(version) if skip is None else self._with_mask(skip, version)
         bound = self._bound(setup, version)
         bound.set_input(x if x.ndim > self._dimensions else x[None])
-        for index, step in enumerate(self._changed(setup, version)):
+        for index, step in enumerate(setup.steps):
             bound.step(index)
             if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
                 break
@@ -235,7 +239,8 @@ class Session:
         """Answer for one sample as `run` does, and keep what the exits on the way said.
 
         Args:
-            x: As for `run`. to_end: Go on behind the exit that is taken, through all others, for the network's own answer.
+            x: As for `run`. to_end: Go through every exit of the plan, those that are switched off too, to the network's own answer; the
+                answer is still the one that `run` gives.
 
         Raises:
             DataError: as for `run`.
@@ -244,12 +249,13 @@ class Session:
         x = self._ready(x)
         if x.shape[0] != 1:
             raise DataError(f"trace() takes one sample, and got {x.shape[0]}", "give them one by one")
-        setup, version = self._setup, self.version
+        version = self.version
+        setup = self._with_all_exits(self._now(version)) if to_end else self._now(version)
         bound = self._bound(setup, version)
         bound.set_input(x)
         visits: list[Visit] = []
         answer, full = None, None
-        for index, step in enumerate(self._changed(setup, version)):
+        for index, step in enumerate(setup.steps):
             bound.step(index)
             logits = bound.value(step.logits)[0].copy()
             if step.column < 0:
@@ -274,8 +280,8 @@ class Session:
         Args:
             tensors: Weights `(classes, width)` and biases `(classes,)`, float32, by their names in the plan; they must not be changed
                 afterwards. Those left out stay as they are.
-            settings: How exits of a profile decide, by exit. One that is not enabled is not taken, though its head still runs; one that the
-                profile itself has switched off stays off.
+            settings: How exits of a profile decide, by exit. One that is not enabled is not run; one that the profile has switched off may
+                be enabled.
             profile: The one that settings are for, by default the one in use. They stay with it while others are used.
 
         Returns:
@@ -303,8 +309,11 @@ class Session:
             now, of = self.version, profile or self.profile_name
             if settings and of is None:
                 raise DataError("settings are for a profile's exits, and none is in use", "use one, or name it")
-            changed = {**now.settings, of: {**now.settings.get(of, {}), **settings}} if settings and of else now.settings
-            self.version = ExitsVersion(now.number + 1, {**now.tensors, **fitting}, changed)
+            changed, setups = now.settings, now.setups
+            if settings and of:
+                changed = {**changed, of: {**changed.get(of, {}), **settings}}
+                setups = {**setups, of: self._make_setup(of, changed[of])}
+            self.version = ExitsVersion(now.number + 1, {**now.tensors, **fitting}, changed, setups)
             return self.version
 
     def forget_changes(self) -> None:
@@ -325,11 +334,12 @@ class Session:
         """
         started = time.perf_counter_ns()
         values = {self.artifact.plan.input: self._ready(x)}
-        setup, version = self._setup if skip is None else self._with_mask(skip), self.version
+        version = self.version
+        setup = self._now(version) if skip is None else self._with_mask(skip, version)
         parameters = self._parameters(setup, version)
         answers: list[Answer | None] = [None] * len(values[self.artifact.plan.input])
         rows = np.arange(len(answers))
-        for index, step in enumerate(self._changed(setup, version)):
+        for index, step in enumerate(setup.steps):
             values.update(self._call(step, values, parameters))
             logits = values[step.logits]
             leaves = np.ones(len(rows), bool) if step.column < 0 else values[step.scores][:, step.column] >= step.threshold
@@ -367,12 +377,29 @@ class Session:
             self._recorders[mask] = self._assemble(mask, names, {}, dict.fromkeys(names, np.inf), 0)
         return self._recorders[mask]
 
-    def _with_mask(self, skip: str | Sequence[bool]) -> _Setup:
+    def _now(self, version: ExitsVersion) -> _Setup:
+        """The profile in use, as this version has it."""
+        setup = self._setup
+        return version.setups.get(setup.profile, setup) if version.number else setup
+
+    def _with_all_exits(self, setup: _Setup) -> _Setup:
+        """The same with every other exit of the plan run too, and never taken."""
+        if setup.profile not in self._whole or self._whole[setup.profile][0] is not setup:
+            names = [point.name for point in self.artifact.plan.exits]
+            known = {step.stretch.exit: step for step in setup.steps}
+            temperatures = {name: step.temperature for name, step in known.items()}
+            thresholds = {name: known[name].threshold if name in known else np.inf for name in names}
+            column = next((step.column for step in setup.steps if step.column >= 0), 0)
+            whole = self._assemble(setup.mask, names, temperatures, thresholds, column, setup.profile)
+            self._whole[setup.profile] = setup, whole
+        return self._whole[setup.profile][1]
+
+    def _with_mask(self, skip: str | Sequence[bool], version: ExitsVersion) -> _Setup:
         """What to run under this mask: the profile if it is its own, else the network without exits."""
-        mask, setup = self.artifact.plan.mask(skip), self._setup
+        mask, setup = self.artifact.plan.mask(skip), self._now(version)
         if mask == setup.mask:
             return setup
-        if setup.has_exits:
+        if setup.exits:
             raise PlanError(
                 f"the profile {self.profile_name!r} was calibrated for the mask {mask_text(setup.mask)}, not {mask_text(mask)}",
                 f"calibrate one for it (exitify calibrate --skip {mask_text(mask)}), or take no exit: profile none",
@@ -385,7 +412,7 @@ class Session:
         Raises:
             PlanError: as for `run`.
         """
-        self._with_mask(self.artifact.plan.mask(skip))
+        self._with_mask(self.artifact.plan.mask(skip), self.version)
 
     def _plain_setup(self, mask: Mask) -> _Setup:
         """The network under a mask, without exits."""
@@ -415,14 +442,19 @@ class Session:
         """The mask in use, one 0 or 1 a skip path."""
         return mask_text(self._setup.mask)
 
-    def _make_setup(self, profile: Profile) -> _Setup:
-        temperatures = {name: setting.temperature for name, setting in profile.exits.items()}
-        thresholds = {name: setting.threshold for name, setting in profile.exits.items()}
-        enabled = [name for name in profile.enabled if name != FINAL]
+    def _make_setup(self, name: str, changes: Mapping[str, ExitSetting]) -> _Setup:
+        """A profile's, with these settings in place of its own."""
+        profile = self.artifact.profile(name)
+        exits = {**profile.exits, **changes}
+        temperatures = {FINAL: profile.final_temperature, **{exit_name: setting.temperature for exit_name, setting in exits.items()}}
+        thresholds = {exit_name: setting.threshold for exit_name, setting in exits.items()}
+        enabled = [point.name for point in self.artifact.plan.exits if exits[point.name].enabled]
         mask = self.artifact.plan.mask(profile.skip)
-        return self._assemble(mask, enabled, {**temperatures, FINAL: profile.final_temperature}, thresholds, SCORES.index(profile.policy))
+        return self._assemble(mask, enabled, temperatures, thresholds, SCORES.index(profile.policy), name)
 
-    def _assemble(self, mask: Mask, enabled: list[str], temperatures: dict[str, float], thresholds: dict[str, float], column: int) -> _Setup:
+    def _assemble(
+        self, mask: Mask, enabled: list[str], temperatures: dict[str, float], thresholds: dict[str, float], column: int, profile: str = ""
+    ) -> _Setup:
         plan = self.artifact.plan
         stretches = plan.stretches(enabled, mask)
         macs = np.cumsum([stretch.cost.macs for stretch in stretches])
@@ -432,7 +464,7 @@ class Session:
             steps.append(
                 _Step(
                     stretch,
-                    self.engine.prepare(stretch),
+                    self._runner(stretch),
                     logits=plan.output if point is None else point.logits,
                     scores="" if point is None else point.scores,
                     column=-1 if point is None else column,
@@ -445,27 +477,19 @@ class Session:
         heads = {name: np.ascontiguousarray(array) for name, array in self._heads.items()}
         heads.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
         parameters = {name: heads[name] for stretch in stretches for name in stretch.parameters}
-        return _Setup(mask, bool(enabled), tuple(steps), parameters)
+        return _Setup(mask, tuple(enabled), tuple(steps), parameters, profile)
+
+    def _runner(self, stretch: Stretch) -> Runner:
+        """What runs a stretch, made once."""
+        if stretch not in self._runners:
+            self._runners.setdefault(stretch, self.engine.prepare(stretch))
+        return self._runners[stretch]
 
     def _parameters(self, setup: _Setup, version: ExitsVersion) -> Mapping[str, Array]:
         """What heads take under this version."""
         if version.number == 0:
             return setup.parameters
-        points = {point.name: point.temperature for point in self.artifact.plan.exits}
-        settings = version.settings.get(setup.profile, {})
-        temperatures = {points[name]: np.array(setting.temperature, np.float32) for name, setting in settings.items()}
-        return {name: temperatures.get(name, version.tensors.get(name, array)) for name, array in setup.parameters.items()}
-
-    def _changed(self, setup: _Setup, version: ExitsVersion) -> Sequence[_Step]:
-        """The setup's steps, their exits decided as this version says."""
-        settings = version.settings.get(setup.profile, {})
-        if not settings:
-            return setup.steps
-        found: dict[int, tuple[int, Sequence[_Step]]] = self._local.__dict__.setdefault("steps", {})
-        if id(setup) not in found or found[id(setup)][0] != version.number:
-            steps = [_decided(step, settings[step.stretch.exit]) if step.stretch.exit in settings else step for step in setup.steps]
-            found[id(setup)] = version.number, steps
-        return found[id(setup)][1]
+        return {name: version.tensors.get(name, array) for name, array in setup.parameters.items()}
 
     def _call(self, step: _Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: values[name] for name in step.stretch.inputs}
@@ -474,21 +498,24 @@ class Session:
 
     def _bound(self, setup: _Setup, version: ExitsVersion) -> Bound:
         """This thread's buffers for this setup, its heads as this version has them."""
-        if getattr(self._local, "setup", None) is not setup:
-            bounds: dict[int, Bound] = self._local.__dict__.setdefault("bounds", {})
-            if id(setup) not in bounds:  # setups are kept as long as the session is
-                bounds[id(setup)] = self.engine.bind([step.stretch for step in setup.steps], setup.parameters)
-            self._local.setup, self._local.bound = setup, bounds[id(setup)]
-        bound: Bound = self._local.bound
-        numbers: dict[int, int] = self._local.__dict__.setdefault("numbers", {})
-        if numbers.get(id(setup), 0) != version.number:
-            given: dict[int, Mapping[str, Array]] = self._local.__dict__.setdefault("given", {})
-            before, now = given.get(id(setup), setup.parameters), self._parameters(setup, version)
-            given[id(setup)] = {}  # whatever is interrupted is given whole the next time
-            bound.set_parameters({name: array for name, array in now.items() if array is not before.get(name)})
-            given[id(setup)] = now
-            numbers[id(setup)] = version.number
-        return bound
+        local = self._local.__dict__
+        if local.get("setup") is setup and local["number"] == version.number:
+            bound: Bound = local["bound"]
+            return bound
+        bounds: dict[tuple[Mask, tuple[str, ...]], Bound] = local.setdefault("bounds", {})  # setups of the same exits share one
+        given: dict[tuple[Mask, tuple[str, ...]], Mapping[str, Array]] = local.setdefault("given", {})
+        key = setup.mask, setup.exits
+        if key not in bounds:
+            bounds[key] = self.engine.bind([step.stretch for step in setup.steps], setup.parameters)
+            given[key] = setup.parameters
+        before, now = given[key], self._parameters(setup, version)
+        changed = {name: array for name, array in now.items() if array is not before.get(name)}
+        if changed:
+            local["setup"], given[key] = None, {}  # whatever is interrupted is given whole the next time
+            bounds[key].set_parameters(changed)
+        given[key] = now
+        local["setup"], local["number"], local["bound"] = setup, version.number, bounds[key]
+        return bounds[key]
 
     def _answer(self, step: _Step, logits: Array, started: int) -> Answer:
         ms = (time.perf_counter_ns() - started) / 1e6
@@ -519,11 +546,6 @@ class Session:
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
             raise DataError(f"the input holds {x[at]} at {at}", "clean the input: the network's answer to it would mean nothing")
         return x
-
-
-def _decided(step: _Step, setting: ExitSetting) -> _Step:
-    """The step, its exit taken as this setting says."""
-    return replace(step, threshold=_as_float32(setting.threshold) if setting.enabled else math.inf, temperature=setting.temperature)
 
 
 def _aligned_copy(array: Array) -> Array:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from exitify.artifact.artifact import HEADS_FILE, MASKS_FILE, Artifact, build_artifact
+from exitify.artifact.memory import MEMORY_FILE
 from exitify.artifact.tensors import write_tensors
 from exitify.data import Samples
 from exitify.errors import DataError, PlanError
@@ -116,7 +117,9 @@ def train_heads(
     with _torch_threads(threads):
         best, reports = _fit(artifact, heads, files, validation, samples.labels, options, checkpoint, progress)
     tensors = {f"{HEADS}.{name}.{key}": tensor.numpy() for name, head in best.items() for key, tensor in head.state_dict().items()}
-    kept = {path: data for path, data in artifact.files.items() if not path.startswith(("profiles/", "times/")) and path != MASKS_FILE}
+    kept = {
+        path: data for path, data in artifact.files.items() if not path.startswith(("profiles/", "times/")) and path not in (MASKS_FILE, MEMORY_FILE)
+    }
     manifest = replace(artifact.manifest, heads_trained=True, training_data=samples.identity())
     trained = build_artifact(manifest, {**kept, HEADS_FILE: write_tensors(tensors)})
     for name, times in artifact.times.items():  # how long a head takes does not depend on its numbers

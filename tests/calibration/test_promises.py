@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from exitify.artifact.manifest import ExitSetting
+from exitify.artifact.memory import MEMORY_FILE
 from exitify.calibration import calibrate as calibration
 from exitify.calibration.bounds import samples_needed
 from exitify.calibration.calibrate import (
@@ -328,13 +329,19 @@ def test_calibrating_adds_a_profile_and_leaves_the_artifact_given_alone() -> Non
     assert replaced.profile("cheap") == second.profile("cheap")
 
 
-def test_calibrating_changes_nothing_but_the_profile() -> None:
+def test_calibrating_changes_nothing_but_the_profile_and_the_memory() -> None:
     artifact = digits.trained_artifact()
     calibrated = calibrate(artifact, digits.samples_of("calibration"), max_drop=0.01)
-    assert {path: bytes(data) for path, data in calibrated.files.items() if not path.startswith("profiles/")} == {
-        path: bytes(data) for path, data in artifact.files.items()
-    }
+    kept = {path: bytes(data) for path, data in calibrated.files.items() if not path.startswith("profiles/") and path != MEMORY_FILE}
+    assert kept == {path: bytes(data) for path, data in artifact.files.items()}
     assert calibrated.manifest.model_id == artifact.manifest.model_id
+    samples, memory = digits.samples_of("calibration"), calibrated.memory
+    assert memory is not None
+    assert len(memory) == len(samples)
+    assert np.array_equal(memory.labels, samples.labels)
+    expected = record_outputs(artifact, samples)
+    np.testing.assert_allclose(memory.logits, expected.full, rtol=1e-3, atol=1e-3)
+    assert all(np.array_equal(memory.features[name], expected.features[name]) for name in memory.features)
 
 
 def test_an_exit_that_is_off_has_a_threshold_that_no_score_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
