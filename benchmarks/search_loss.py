@@ -37,7 +37,7 @@ def expected(outputs: Outputs, temperatures: np.ndarray) -> np.ndarray:
 def trusting(outputs: Outputs, plan: Plan, max_drop: float) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds and temperatures of a search that judges itself on the samples it saw."""
     temperatures = np.array([fit_temperature(logits, outputs.labels) for logits in outputs.logits])
-    recorded = calibrate._recorded(outputs, temperatures, plan, "top1", observed(outputs, temperatures))
+    recorded = calibrate.recorded_outputs(outputs, temperatures, plan, "top1", observed(outputs, temperatures))
     chosen, least = np.full(len(plan.exits), NEVER), np.inf
     for thresholds in price_path(recorded):
         loss, cost = judge(recorded, thresholds)
@@ -57,7 +57,7 @@ def main() -> None:
     data = Path(os.environ.get("EXITIFY_DATA", "../shared/data")) / "cifar10.npz"
     outputs = record_outputs(artifact, load_samples(f"{data}#test", artifact.manifest.input, classes=10), threads=2)
     right = outputs.logits.argmax(axis=2) == outputs.labels
-    mean_of_both = calibrate._excess_error
+    mean_of_both = calibrate.excess_error
     for name, loss in (("mean of both", mean_of_both), ("observed", observed), ("expected", expected), ("observed, no cross-fit", None)):
         rows = []
         for seed in range(options.splits):
@@ -66,7 +66,7 @@ def main() -> None:
             if loss is None:
                 thresholds, temperatures = trusting(outputs.select(half), plan, options.max_drop)
             else:
-                calibrate._excess_error = loss  # type: ignore[assignment]
+                calibrate.excess_error = loss  # type: ignore[assignment]
                 settings = settle_max_drop(outputs.select(half), plan, options.max_drop, seed=seed)
                 thresholds, temperatures = settings.thresholds, settings.temperatures
             taken = exits_taken(outputs.select(judged).confidence(temperatures, "top1"), thresholds)

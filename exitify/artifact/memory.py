@@ -16,7 +16,7 @@ from exitify.errors import MalformedManifest
 from exitify.plan import Plan
 
 MEMORY_FILE = "memory.safetensors"
-LEAST_ROWS_BYTES = 2**20
+LEAST_ROWS_BYTES = 2**21
 SHARE_OF_WEIGHTS = 0.04
 """A memory has at most this share of the weights' bytes, or `LEAST_ROWS_BYTES` where that is more."""
 _AGAIN = "calibrate again: `exitify calibrate`"

@@ -293,8 +293,8 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
             f"give at least {int(np.ceil(needed / (1 - SEARCH_SHARE)))}, or ask for less",
         )
     temperatures = _temperatures(search)
-    recorded = _recorded(search, temperatures, plan, policy, _disagreement(search))
-    tested = _recorded(test, temperatures, plan, policy, _disagreement(test, smooth=False))
+    recorded = recorded_outputs(search, temperatures, plan, policy, disagreement_of(search))
+    tested = recorded_outputs(test, temperatures, plan, policy, disagreement_of(test, smooth=False))
     chosen = np.full(len(plan.exits), NEVER)
     least = judge(recorded, chosen)[1]
     any_proven = False
@@ -359,7 +359,7 @@ class HeldOut:
 def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]]:
     """The path over all samples, its first step no exit at all, and how its prices fare on samples held out."""
     temperatures = _temperatures(outputs)
-    recorded = _recorded(outputs, temperatures, plan, policy, _excess_error(outputs, temperatures))
+    recorded = recorded_outputs(outputs, temperatures, plan, policy, excess_error(outputs, temperatures))
     nothing = np.full(len(plan.exits), NEVER)
     path = [nothing, *price_path(recorded)]
     count = len(outputs.labels)
@@ -412,7 +412,7 @@ def _temperatures(outputs: Outputs) -> NDArray[np.float64]:
     return np.array([fit_temperature(logits, outputs.labels) for logits in outputs.logits])
 
 
-def _recorded(outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, policy: str, loss: NDArray[np.float64]) -> Recorded:
+def recorded_outputs(outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, policy: str, loss: NDArray[np.float64]) -> Recorded:
     """What the search works on; costs in units of the full network's, boundaries priced."""
     full = plan.full_macs
     names = [point.name for point in plan.exits]
@@ -429,7 +429,7 @@ def confidence_of(logits: NDArray[np.floating], policy: str) -> NDArray[np.float
     return top[:, 1] if policy == "top1" else top[:, 1] - top[:, 0]
 
 
-def _excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
+def excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
     """Errors beyond the full network's, `(K + 1, N)`: half as observed, half as the full network's own probabilities expect.
 
     Observed errors are few and their differences noisy; expected ones are smooth, but trust the network also where it is
@@ -442,7 +442,7 @@ def _excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArra
     return 0.5 * (observed - observed[-1]) + 0.5 * (expected - expected[-1])
 
 
-def _disagreement(outputs: Outputs, *, smooth: bool = True) -> NDArray[np.float64]:
+def disagreement_of(outputs: Outputs, *, smooth: bool = True) -> NDArray[np.float64]:
     """Whether each exit answers otherwise than the full network, `(K + 1, N)`; smooth: weighed by how sure that one is."""
     predictions = outputs.logits.argmax(axis=2)
     full = outputs.full.argmax(axis=1)

@@ -25,16 +25,19 @@ class Recorded:
     loss: `(K + 1, N)`, what it costs to answer with exit k; the last row is the full network's.
     reach_cost: `(K + 1,)`, cost of computing what exit k reads, no head counted; the last is the full network's.
     try_cost: `(K,)`, what running exit k's head adds for every sample that comes by.
+    weight: `(N,)`, how much a sample counts; none where all count alike.
     """
 
     confidence: NDArray[np.float64]
     loss: NDArray[np.float64]
     reach_cost: NDArray[np.float64]
     try_cost: NDArray[np.float64]
+    weight: NDArray[np.float64] | None = None
 
     def select(self, rows: NDArray[np.integer]) -> Recorded:
         """The same for these samples only."""
-        return Recorded(self.confidence[:, rows], self.loss[:, rows], self.reach_cost, self.try_cost)
+        weight = None if self.weight is None else self.weight[rows]
+        return Recorded(self.confidence[:, rows], self.loss[:, rows], self.reach_cost, self.try_cost, weight)
 
     def cost(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
         """Cost of a run that ends at each exit, `(K + 1,)`: the heads that are run on the way counted."""
@@ -53,7 +56,8 @@ def exits_taken(confidence: NDArray[np.float64], thresholds: NDArray[np.float64]
 def judge(recorded: Recorded, thresholds: NDArray[np.float64]) -> tuple[float, float]:
     """Return mean loss and mean cost under these thresholds."""
     taken = exits_taken(recorded.confidence, thresholds)
-    return float(recorded.loss[taken, np.arange(len(taken))].mean()), float(recorded.cost(thresholds)[taken].mean())
+    loss, cost = recorded.loss[taken, np.arange(len(taken))], recorded.cost(thresholds)[taken]
+    return float(np.average(loss, weights=recorded.weight)), float(np.average(cost, weights=recorded.weight))
 
 
 def optimise(recorded: Recorded, price: float, start: NDArray[np.float64], rounds: int = 30) -> NDArray[np.float64]:
@@ -68,6 +72,7 @@ def optimise(recorded: Recorded, price: float, start: NDArray[np.float64], round
     """
     count, samples = recorded.confidence.shape
     everyone = np.arange(samples)
+    weight = np.ones(samples) if recorded.weight is None else recorded.weight
     thresholds = start.copy()
     for _ in range(rounds):
         before = thresholds.copy()
@@ -78,8 +83,8 @@ def optimise(recorded: Recorded, price: float, start: NDArray[np.float64], round
             objective = recorded.cost(without)[:, None] + price * recorded.loss
             without[:k] = NEVER
             fallback = objective[exits_taken(recorded.confidence, without), everyone]
-            gain = (objective[k] - fallback)[waits]
-            thresholds[k] = _best_threshold(recorded.confidence[k, waits], gain, float(recorded.try_cost[k]) * int(waits.sum()))
+            gain = ((objective[k] - fallback) * weight)[waits]
+            thresholds[k] = _best_threshold(recorded.confidence[k, waits], gain, float(recorded.try_cost[k]) * float(weight[waits].sum()))
         if np.array_equal(before, thresholds):
             break
     return thresholds

@@ -1,0 +1,333 @@
+"""Heads that learn from deeper exits while a device answers, and the decisions around that: what is learnt from, when new heads are worth a
+trial, when they are taken into use, and when all goes back.
+
+The heads that learn are never those that answer. Every so often what was learnt is frozen, with thresholds found for it; under a
+profile that promises a rate it is then held against audited inputs that came after it was frozen, until it is proven or dropped;
+and what is in use is watched by the audits from then on. docs/specialization.md has the argument.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitify.adapt.audits import Audits
+from exitify.adapt.betting import Bet
+from exitify.adapt.prior import SeenClasses, Shares, expected_shares, shift_of
+from exitify.adapt.review import Factory, Heads, Proposal, Rows, Ruling, propose
+from exitify.adapt.settings import Guards, Learning
+from exitify.adapt.update import Classifier, Velocity, softmax, step, targets_of
+from exitify.artifact.artifact import NO_PROFILE, Artifact
+from exitify.artifact.manifest import ExitSetting
+from exitify.calibration.thresholds import NEVER
+from exitify.errors import StateError
+from exitify.runtime.session import Trace
+
+Array = NDArray[np.float32]
+Stage = Literal["learning", "stopped"]
+
+DRIFT_EVERY = 64
+"""Steps of a head between two looks at how far it has moved."""
+STRICTER = 0.5
+"""What a threshold keeps of its distance to 1 when a promise is broken."""
+FEWEST_TRIED = 200
+HOPELESS = 0.7
+"""After `FEWEST_TRIED` audited inputs, a trial that differs in more than this share of the limit is given up: to prove it would take thousands."""
+LONGEST_TRIAL = 4000
+"""Audited inputs after which a trial is given up."""
+FORGIVEN = 3
+"""How often heads that learn may forget the memory and begin again; then they learn no more."""
+PATIENCE = 0.75
+"""What the aim is multiplied with after a trial that proved nothing."""
+
+
+@dataclass
+class _Pupil:
+    """A head that learns. answers: Read and not yet learnt from. steps: Made since the last look at its drift."""
+
+    name: str
+    head: Classifier
+    factory: Classifier
+    temperature: np.float32
+    velocity: Velocity | None = None
+    waiting: list[tuple[Array, Array]] = field(default_factory=list)
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Heads that are held against audits. number: Of the trial, from 1. needed: The evidence that proves them."""
+
+    number: int
+    proposal: Proposal
+    ruling: Ruling
+    bet: Bet
+    needed: float
+
+
+@dataclass(frozen=True)
+class Happening:
+    """Something that was decided, with its figures. exit: That it concerns, empty for all."""
+
+    what: str
+    reason: str
+    exit: str = ""
+
+
+class Learner:
+    """What learns, and decides. Not for several threads at once; `LearningSession` sees to that.
+
+    in_use: The heads and thresholds that answer. updates: Steps made, of all heads together. answers: Seen. learnt_from: Of these.
+    happened: Called with every decision, after it was taken.
+    """
+
+    def __init__(
+        self, artifact: Artifact, profile: str, how: Learning | None = None, *, seed: int = 0, happened: Callable[[Happening], None] | None = None
+    ) -> None:
+        """Begin with the artifact's own heads.
+
+        Raises:
+            UnknownProfile: there is none of that name. StateError: this profile's exits cannot learn.
+        """
+        if profile == NO_PROFILE or not artifact.plan.exits:
+            raise StateError("nothing can be learnt without exits and a profile", "`exitify calibrate` makes one")
+        self.factory, self.how = Factory.of(artifact, profile), how or Learning()
+        if "1" in self.factory.profile.skip:
+            raise StateError(f"the profile {profile!r} leaves blocks out, and what it promises cannot be seen then", "learn with a profile that does not")
+        self.guards: Guards | None = self.how.guards
+        self.in_use = self.factory.ruling
+        self.stage: Stage = "learning"
+        self.answers = self.updates = self.learnt_from = self.trials = 0
+        self.trial: Trial | None = None
+        self.seen = SeenClasses(artifact.plan.classes, self.how.half_life)
+        self._names = [point.name for point in artifact.plan.exits]
+        temperatures = self.factory.temperatures.astype(np.float32)
+        self._pupils = {
+            name: _Pupil(name, head, head, t) for name, head, t in zip(self._names, self.factory.ruling.heads, temperatures)
+        }
+        self._final_temperature = float(temperatures[-1])
+        self._random = random.Random(seed)
+        self._happened = happened or (lambda _: None)
+        self._broken = self._forgot = 0
+        self._aim = self.guards.aim if self.guards else 1.0
+        self._next_review = self.guards.review_every if self.guards else 0
+        self._shift = np.zeros(artifact.plan.classes, np.float32)
+        self.audits = Audits(artifact.plan, self.guards.audits_kept if self.guards else 1)
+        self.agreement = {name: [0, 0] for name in self._names}
+        self._alarm = self._new_alarm()
+
+    @property
+    def learnt(self) -> Heads:
+        """The heads that learn, one an exit."""
+        return tuple(self._pupils[name].head for name in self._names)
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """The classifiers in use, as a session takes them."""
+        found: dict[str, Array] = {}
+        for point, head in zip(self.factory.plan.exits, self.in_use.heads):
+            found[point.weight], found[point.bias] = head.weight, head.bias
+        return found
+
+    @property
+    def settings(self) -> dict[str, ExitSetting]:
+        """The thresholds in use, as a session takes them."""
+        return self.factory.settings(self.in_use)
+
+    def wants_audit(self) -> bool:
+        """Whether the next input is to go on to the end. Drawn before it is seen, so that audited inputs are inputs like all."""
+        if self.guards is None:
+            return False
+        share = self.guards.audit_trial if self.trial else self.guards.audit
+        return self._random.random() < max(share, self.guards.audit_first / (self.answers + 1))
+
+    def observe(self, trace: Trace, *, audited: bool) -> bool:
+        """Learn from a run. Returns whether heads or thresholds in use have changed.
+
+        audited: Whether it went on to the end because `wants_audit` said so.
+        """
+        before = self.in_use
+        self.answers += 1
+        target = trace.answer.logits if trace.full is None else trace.full
+        visits = [visit for visit in trace.visits if trace.full is not None or visit.exit != trace.answer.exit]
+        at = self._final_temperature if trace.full is not None else trace.answer.temperature
+        sure = softmax(target / np.float32(at))
+        if audited and trace.full is not None and self.guards is not None:
+            self._audit(trace)
+        label = int(target.argmax())
+        if self.guards is None or sure[label] >= self.guards.gate:
+            self.seen.add(label)
+            if self.stage == "learning" and visits:
+                self.learnt_from += 1
+                wanted = targets_of(target, "hard") if self.how.targets == "hard" else sure
+                for visit in visits:
+                    self._teach(self._pupils[visit.exit], visit.features, wanted)
+                if self.guards is None:
+                    self.in_use = replace(self.in_use, heads=self.learnt)
+        return self.in_use is not before
+
+    def wants_review(self) -> bool:
+        """Whether it is time to look at what was learnt."""
+        if self.guards is None or self.stage != "learning" or self.trial is not None or self.answers < self._next_review:
+            return False
+        return len(self.audits) >= min(100, self.guards.audits_kept)
+
+    def review(self) -> Callable[[], Proposal]:
+        """Freeze what was learnt. What is returned looks for heads and thresholds; it takes long, and may be called in another thread."""
+        assert self.guards is not None
+        self._next_review = self.answers + max(self.guards.review_every, self.answers // 2)  # what is long known changes slowly
+        shares: Shares = self.seen.shares
+        self._shift = shift_of(expected_shares(shares, min(self.guards.left_for_rare)))
+        learnt, in_use, rows, guards, aim = self.learnt, self.in_use, self.audits.rows(), self.guards, self._aim
+        return lambda: propose(self.factory, learnt, in_use, shares, rows, guards, aim)
+
+    def consider(self, found: Proposal) -> bool:
+        """What a review found: begin a trial, or take it into use where no rate was promised. Returns whether what is in use has changed."""
+        assert self.guards is not None
+        for name in found.forgotten:
+            self._forget(self._pupils[name])
+        if found.forgotten:
+            self._forgot += 1
+            reason = f"more than {self.guards.forgetting:.0%} of what the artifact remembers is answered wrongly by the head that learns"
+            self._say("rollback", reason, *found.forgotten)
+            if self._forgot >= FORGIVEN:
+                self.stage = "stopped"
+                self._say("updates off", f"what was learnt was forgotten {self._forgot} times")
+            return False
+        if found.ruling is None or self.stage != "learning":
+            return False
+        figures = f"cost {found.cost:.3f} after {found.cost_now:.3f}, other answers {found.differs:.2%} after {found.differs_now:.2%}, {found.ruling.left:.0%} left for rare classes, whose answers fall by {found.rare_drop:.2%}"
+        if not self.factory.is_proven:
+            self._use(found.ruling)
+            self._say("in use", f"on {len(self.audits)} audited inputs: {figures}")
+            return True
+        self.trials += 1
+        needed = self.trials * (self.trials + 1) / self.guards.trial_error
+        self.trial = Trial(self.trials, found, found.ruling, Bet(self.factory.limit), needed)
+        self._say("trial", f"number {self.trials}: {figures}; evidence of {needed:.0f} proves it")
+        return False
+
+    def roll_back(self, reason: str, ruling: Ruling | None = None) -> None:
+        """Answer with older heads again, the factory's by default, and learn on from the factory's."""
+        for pupil in self._pupils.values():
+            self._forget(pupil)
+        self.trial = None
+        self._use(ruling or self.factory.ruling)
+        self._say("rollback", reason)
+
+    def resume(self, in_use: Ruling | None, learnt: Mapping[str, Classifier], counts: NDArray[np.float64], updates: int, trials: int, stage: Stage) -> None:
+        """Go on where a state ended."""
+        for name, head in learnt.items():
+            self._pupils[name].head = head
+        self.seen = SeenClasses(len(self.seen.counts), self.how.half_life, counts)
+        self.updates, self.trials, self.stage, self.trial = updates, trials, stage, None
+        self._use(in_use or self.factory.ruling)
+
+    def _teach(self, pupil: _Pupil, features: Array, wanted: Array) -> None:
+        pupil.waiting.append((features, wanted))
+        if len(pupil.waiting) < self.how.batch:
+            return
+        z, targets = (np.array(column) for column in zip(*pupil.waiting))
+        pupil.waiting.clear()
+        logits = z @ pupil.head.weight.T + pupil.head.bias
+        if self.guards is not None:
+            logits = logits / pupil.temperature + self._shift
+        pupil.head, pupil.velocity = step(pupil.head, z, logits, targets, self.how.sgd, pupil.velocity)
+        self.updates += 1
+        pupil.steps += 1
+        if self.guards is not None and pupil.steps >= DRIFT_EVERY:
+            pupil.steps = 0
+            self._bound(pupil, self.guards.most_drift)
+
+    def _bound(self, pupil: _Pupil, most: float) -> None:
+        """Bring a head that has moved too far back to the edge."""
+        if not pupil.head.is_finite:
+            self._forget(pupil)
+            self._say("rollback", "its head, as it learns, holds a number that is not finite", pupil.name)
+            return
+        drift = pupil.head.distance(pupil.factory)
+        if drift > most:
+            keep = np.float32(most / drift)
+            weight = pupil.factory.weight + keep * (pupil.head.weight - pupil.factory.weight)
+            pupil.head, pupil.velocity = Classifier(weight, pupil.factory.bias + keep * (pupil.head.bias - pupil.factory.bias)), None
+
+    def _forget(self, pupil: _Pupil) -> None:
+        pupil.head, pupil.velocity, pupil.steps = pupil.factory, None, 0
+        pupil.waiting.clear()
+
+    def _audit(self, trace: Trace) -> None:
+        assert trace.full is not None
+        assert self.guards is not None
+        features = {visit.exit: visit.features for visit in trace.visits}
+        self.audits.add(features, trace.full)
+        differs = trace.answer.label != int(trace.full.argmax())
+        if trace.answer.exit in self.agreement:
+            counts = self.agreement[trace.answer.exit]
+            counts[0] += not differs
+            counts[1] += 1
+        rows = [features[name][None] for name in self._names], trace.full[None]
+        watched = float(differs)
+        if not self.factory.is_proven:
+            watched -= float(self.factory.ruling.differs(self.factory, rows)[0])
+        self._alarm.add(watched)
+        if self._alarm.evidence >= 1.0 / self.guards.alarm_error:
+            what = "answered otherwise than by the network" if self.factory.is_proven else "more than with the factory's heads answered otherwise"
+            self._broken_again(f"{self._alarm.mean:.2%} {what} in {self._alarm.samples} audited inputs, at most {self.factory.limit:.2%} promised")
+            return
+        if self.trial:
+            self._try(self.trial, float(self.trial.ruling.differs(self.factory, rows)[0]))
+
+    def _try(self, trial: Trial, differs: float) -> None:
+        trial.bet.add(differs)
+        figures = f"number {trial.number}: {trial.bet.mean:.2%} of {trial.bet.samples} audited inputs answered otherwise"
+        if trial.bet.evidence >= trial.needed:
+            self.trial, self._aim = None, self.guards.aim if self.guards else 1.0
+            self._use(trial.ruling)
+            self._say("in use", f"{figures}, at most {self.factory.limit:.2%} proven; cost {trial.proposal.cost:.3f} after {trial.proposal.cost_now:.3f}")
+        elif trial.bet.samples >= LONGEST_TRIAL or (trial.bet.samples >= FEWEST_TRIED and trial.bet.mean > HOPELESS * self.factory.limit):
+            self.trial, self._aim = None, self._aim * PATIENCE
+            self._say("dropped", f"{figures}, which does not prove {self.factory.limit:.2%}")
+
+    def _broken_again(self, reason: str) -> bool:
+        """The next rung: stricter thresholds, no more updates, back to the factory's heads; these too become stricter, and at last take no exit."""
+        self._broken += 1
+        self.trial = None
+        self._alarm = self._new_alarm()
+        if self._broken == 1 or self.in_use is self.factory.ruling or self.stage == "stopped" and self._is_factory():
+            off = self._broken > 3
+            thresholds = np.where(self.in_use.thresholds < NEVER, 1 - (1 - self.in_use.thresholds) * STRICTER, NEVER)
+            self.in_use = replace(self.in_use, thresholds=np.full_like(thresholds, NEVER) if off else thresholds)
+            self._say("exits off" if off else "thresholds up", reason)
+        elif self._broken == 2:
+            self.stage = "stopped"
+            self._say("updates off", reason)
+        else:
+            self.stage = "stopped"
+            self.roll_back(reason)
+        return True
+
+    def _is_factory(self) -> bool:
+        return all(ours is theirs for ours, theirs in zip(self.in_use.heads, self.factory.ruling.heads))
+
+    def _use(self, ruling: Ruling) -> None:
+        self.in_use = ruling
+        self._alarm = self._new_alarm()
+        for counts in self.agreement.values():
+            counts[:] = 0, 0
+
+    def _new_alarm(self) -> Bet:
+        return Bet(self.factory.limit, low=0.0 if self.factory.is_proven else -1.0, above=True)
+
+    def _say(self, what: str, reason: str, *exits: str) -> None:
+        for name in exits or ("",):
+            self._happened(Happening(what, reason, name))
+
+
+def review_now(learner: Learner) -> bool:
+    """Review at once, in this thread. Returns whether what is in use has changed."""
+    return learner.wants_review() and learner.consider(learner.review()())

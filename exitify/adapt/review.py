@@ -1,0 +1,213 @@
+"""From what was learnt and audited to new heads and thresholds that are worth a trial. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitify.adapt.prior import Shares, expected_shares, rare_classes, shift_of
+from exitify.adapt.settings import Guards
+from exitify.adapt.update import Classifier
+from exitify.artifact.artifact import Artifact
+from exitify.artifact.manifest import ExitSetting, Profile
+from exitify.artifact.memory import Memory
+from exitify.calibration.calibrate import Outputs, disagreement_of, excess_error, exit_settings, recorded_outputs
+from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path
+from exitify.plan import Plan
+
+Heads = tuple[Classifier, ...]
+Rows = tuple[Sequence[NDArray[np.float32]], NDArray[np.float32]]
+"""Features by exit, `(N, width)`, and the network's own logits, `(N, classes)`."""
+
+PRICES = 30
+CARES = (0.3, 1.0, 3.0)
+"""How much an error in the artifact's memory counts beside one in the audits where thresholds are searched: each is tried."""
+WORTHWHILE = 0.98
+"""New heads must cost less than this share of those in use."""
+SURENESS = 1.28
+"""Standard errors that an estimate must be within its limit: 90 %."""
+SLACK = 0.005
+"""How many more answers may differ from the network's than with the factory's heads, where the profile's promise does not say."""
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """Heads and when they answer.
+
+    heads: One an exit of the plan. thresholds: `(K,)`, `NEVER` for exits that are off. left: What was left for rare classes; 1 is the
+    factory's.
+    """
+
+    heads: Heads
+    thresholds: NDArray[np.float64]
+    left: float = 1.0
+
+    def differs(self, factory: Factory, rows: Rows) -> NDArray[np.float64]:
+        """1 where the answer is other than the network's own, for each row, else 0."""
+        outputs = factory.outputs(self.heads, rows)
+        taken = exits_taken(outputs.confidence(factory.temperatures, factory.profile.policy), self.thresholds)
+        differs: NDArray[np.float64] = disagreement_of(outputs, smooth=False)[taken, np.arange(len(taken))]
+        return differs
+
+
+@dataclass(frozen=True)
+class Factory:
+    """What the artifact itself says: the heads, the profile and its promise, which the device holds on to."""
+
+    plan: Plan
+    profile: Profile
+    ruling: Ruling
+    temperatures: NDArray[np.float64]
+    memory: Memory | None
+
+    @classmethod
+    def of(cls, artifact: Artifact, profile: str) -> Factory:
+        """The artifact's heads under one of its profiles.
+
+        Raises:
+            UnknownProfile: there is none of that name.
+        """
+        found, tensors = artifact.profile(profile), artifact.classifiers()
+        points = artifact.plan.exits
+        heads = tuple(Classifier(tensors[point.weight], tensors[point.bias]) for point in points)  # type: ignore[arg-type]
+        settings = [found.exits[point.name] for point in points]
+        thresholds = np.array([setting.threshold if setting.enabled else NEVER for setting in settings])
+        temperatures = np.array([*(setting.temperature for setting in settings), found.final_temperature])
+        return cls(artifact.plan, found, Ruling(heads, thresholds), temperatures, None if "1" in found.skip else artifact.memory)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the profile promises a rate at a confidence, which the device must then prove."""
+        return self.profile.promise.kind == "risk"
+
+    @property
+    def limit(self) -> float:
+        """Of answers that differ from the network's: of all, where that was promised; else of how many more they may be."""
+        promise = self.profile.promise
+        return promise.limit if promise.kind in ("risk", "max-drop") else SLACK
+
+    def outputs(self, heads: Heads, rows: Rows, shift: NDArray[np.float32] | None = None) -> Outputs:
+        """What every exit says with these heads; the network's own answer stands for the label."""
+        features, full = rows
+        said = np.empty((len(heads) + 1, *full.shape), np.float32)
+        for k, (head, z) in enumerate(zip(heads, features)):
+            np.matmul(z, head.weight.T, out=said[k])
+            said[k] += head.bias
+            if shift is not None:
+                said[k] += np.float32(self.temperatures[k]) * shift
+        said[-1] = full
+        return Outputs(said, full.argmax(axis=1), mask=self.plan.mask(self.profile.skip))
+
+    def searchable(self, outputs: Outputs, loss: NDArray[np.float64]) -> Recorded:
+        """What thresholds are found on."""
+        return recorded_outputs(outputs, self.temperatures, self.plan, self.profile.policy, loss)
+
+    def settings(self, ruling: Ruling) -> dict[str, ExitSetting]:
+        """A ruling's thresholds as a session takes them."""
+        return exit_settings(self.plan, ruling.thresholds, self.temperatures)
+
+    def shifted(self, heads: Heads, shift: NDArray[np.float32]) -> Heads:
+        """Heads with a shift of their logits at their temperature, in their biases."""
+        return tuple(Classifier(head.weight, head.bias + np.float32(t) * shift) for head, t in zip(heads, self.temperatures))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a review found.
+
+    ruling: New heads and thresholds, None for none. cost, cost_now: Mean cost on the audits, in full networks, of these and of those in use.
+    differs, differs_now: The shares of answers other than the network's. rare_drop: On the memory, by classes that are rarely seen.
+    forgotten: Names of exits whose learning heads have forgotten too much of the memory.
+    """
+
+    ruling: Ruling | None
+    cost: float
+    cost_now: float
+    differs: float
+    differs_now: float
+    rare_drop: float
+    forgotten: tuple[str, ...]
+
+
+def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, rows: Rows, guards: Guards, aim: float) -> Proposal:
+    """The cheapest heads and thresholds that, as far as audits and memory tell, keep the profile's promise.
+
+    On the audits: as many answers may differ from the network's as `aim` times a promised rate; without one, as with the factory's
+    heads and thresholds, and hardly more within the estimate's error. On the memory: classes that are rarely seen are as often right but
+    for `rare_drop`. Without a memory that is not known, and only half of what was seen is believed.
+
+    Args:
+        learnt: Without any shift. in_use: To be cheaper than. shares: Of the classes, as seen. rows: Audited.
+    """
+    now = factory.outputs(in_use.heads, rows)
+    differs_now, cost_now = judge(factory.searchable(now, disagreement_of(now, smooth=False)), in_use.thresholds)
+    differed = factory.ruling.differs(factory, rows)
+    memory, rare = factory.memory, rare_classes(shares)
+    remembered = _Remembered(factory, memory) if memory is not None else None
+    forgotten = remembered.forgotten(learnt, guards.forgetting) if remembered else ()
+    best = Proposal(None, cost_now, cost_now, differs_now, differs_now, 0.0, forgotten)
+    for left in guards.left_for_rare if remembered else (0.5,):
+        shift = shift_of(expected_shares(shares, left))
+        heads = factory.shifted(learnt, shift)
+        outputs = factory.outputs(heads, rows)
+        search, other = factory.searchable(outputs, disagreement_of(outputs)), disagreement_of(outputs, smooth=False)
+        audited, everyone = search.confidence, np.arange(other.shape[1])
+        searches = [remembered.beside(search, heads, rare, care) for care in CARES] if remembered else [search]
+        for thresholds in (found for one in searches for found in price_path(one, PRICES)):
+            leaves = exits_taken(audited, thresholds)
+            cost, differs = float(search.cost(thresholds)[leaves].mean()), other[leaves, everyone]
+            if cost >= best.cost or cost > WORTHWHILE * cost_now or not _keeps(factory, differs, differed, aim):
+                continue
+            drop = remembered.drop(heads, thresholds, rare) if remembered else 0.0
+            if drop <= guards.rare_drop:
+                best = Proposal(Ruling(heads, thresholds, left), cost, cost_now, float(differs.mean()), differs_now, drop, forgotten)
+    return best
+
+
+def _keeps(factory: Factory, differs: NDArray[np.float64], differed: NDArray[np.float64], aim: float) -> bool:
+    more = differs if factory.is_proven else differs - differed
+    surely = float(more.mean() + SURENESS * more.std() / np.sqrt(len(more)))
+    return surely <= aim * factory.limit if factory.is_proven else more.mean() <= 0 and surely <= factory.limit
+
+
+class _Remembered:
+    """The artifact's memory as outputs, and what the factory's heads make of it."""
+
+    def __init__(self, factory: Factory, memory: Memory) -> None:
+        self.factory, self.labels = factory, memory.labels
+        self.rows: Rows = [memory.features[point.name].astype(np.float32) for point in factory.plan.exits], memory.logits.astype(np.float32)
+        self.right = self._right(factory.ruling.heads, factory.ruling.thresholds)
+
+    def beside(self, search: Recorded, heads: Heads, rare: NDArray[np.bool_], care: float) -> Recorded:
+        """Audits, and of the memory the rare classes: these count by their errors alone, `care` times as much, since hardly any of them will come."""
+        outputs = self.factory.outputs(heads, self.rows)
+        of_rare = np.flatnonzero(rare[self.labels])
+        labelled = replace(outputs, labels=self.labels)
+        ours = self.factory.searchable(outputs, excess_error(labelled, self.factory.temperatures)).select(of_rare)
+        audited, held = search.loss.shape[1], len(of_rare)
+        little = np.full(held, 1e-3 * audited / max(held, 1))
+        confidence = np.concatenate([search.confidence, ours.confidence], axis=1)
+        loss = np.concatenate([search.loss, ours.loss * (care / 1e-3)], axis=1)
+        return Recorded(confidence, loss, search.reach_cost, search.try_cost, np.concatenate([np.ones(audited), little]))
+
+    def drop(self, heads: Heads, thresholds: NDArray[np.float64], rare: NDArray[np.bool_]) -> float:
+        """By how much answers to rare classes are right less often than the factory's."""
+        of_rare = rare[self.labels]
+        if not of_rare.any():
+            return 0.0
+        return float((self.right[of_rare].astype(float) - self._right(heads, thresholds)[of_rare]).mean())
+
+    def forgotten(self, learnt: Heads, limit: float) -> tuple[str, ...]:
+        """Exits whose heads alone are right less often than the factory's, by more than the limit."""
+        after, before = (self.factory.outputs(heads, self.rows).logits.argmax(axis=2) == self.labels for heads in (learnt, self.factory.ruling.heads))
+        drops = before.mean(axis=1) - after.mean(axis=1)
+        return tuple(point.name for point, drop in zip(self.factory.plan.exits, drops) if drop > limit)
+
+    def _right(self, heads: Heads, thresholds: NDArray[np.float64]) -> NDArray[np.bool_]:
+        outputs = self.factory.outputs(heads, self.rows)
+        taken = exits_taken(outputs.confidence(self.factory.temperatures, self.factory.profile.policy), thresholds)
+        right: NDArray[np.bool_] = outputs.logits.argmax(axis=2)[taken, np.arange(len(taken))] == self.labels
+        return right
