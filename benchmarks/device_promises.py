@@ -53,7 +53,9 @@ def live(population: Population, number: int, options: argparse.Namespace) -> di
     """One device's life."""
     random = np.random.default_rng((7, number))
     draw = random.integers(0, len(population.labels), 2500)
-    artifact = population.calibrated(draw, lambda outputs: settle_risk(outputs, population.artifact.plan, options.rate, options.confidence, seed=number))
+    artifact = population.calibrated(
+        draw, lambda outputs: settle_risk(outputs, population.artifact.plan, options.rate, options.confidence, seed=number)
+    )
     everything = np.arange(len(population.labels))
     mine = everything if options.classes == "all" else np.flatnonzero(np.isin(population.labels, TRIPLES[number % len(TRIPLES)]))
     device = Device(population, artifact, Learning(guards=Guards(left_for_rare=(0.3,))), seed=number)

@@ -27,7 +27,8 @@ from exitify.plan import FINAL
 from exitify.runtime.session import Answer, Session, Trace, Visit
 
 TRIPLES = ((3, 5, 7), (2, 4, 6), (1, 8, 9), (0, 2, 8), (3, 4, 6))
-"""Classes that a device sees: cat dog horse, bird deer frog, automobile ship truck, airplane bird ship, cat deer frog. Chosen before anything was measured."""
+"""Classes that a device sees, chosen before anything was measured: cat dog horse, bird deer frog, automobile ship truck, airplane bird ship,
+cat deer frog."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from exitify.version import __version__
 
 if TYPE_CHECKING:
+    from exitify.adapt.session import LearningSession as LearningSession
+    from exitify.adapt.state import State as State
     from exitify.artifact.artifact import Artifact as Artifact
     from exitify.artifact.manifest import InputContract as InputContract
     from exitify.benchmark import bench as bench
@@ -38,9 +40,11 @@ _HOME = {
     "ExitOutputs": "exitify.program",
     "ExitifyError": "exitify.errors",
     "InputContract": "exitify.artifact.manifest",
+    "LearningSession": "exitify.adapt.session",
     "Plan": "exitify.plan",
     "Program": "exitify.program",
     "Session": "exitify.runtime.session",
+    "State": "exitify.adapt.state",
     "SkipAwareDistillation": "exitify.train.skip_distillation",
     "bench": "exitify.benchmark",
     "calibrate": "exitify.calibration.calibrate",

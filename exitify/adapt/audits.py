@@ -37,3 +37,7 @@ class Audits:
         """Copies of what is kept: features `(N, width)` by exit of the plan, and logits `(N, classes)`."""
         count = len(self)
         return [self._features[name][:count].astype(np.float32) for name in self._names], self._logits[:count].copy()
+
+    def clear(self) -> None:
+        """None any more."""
+        self.made = 0

@@ -8,10 +8,9 @@ and what is in use is watched by the audits from then on. docs/specialization.md
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from exitify.adapt.audits import Audits
 from exitify.adapt.betting import Bet
 from exitify.adapt.prior import SeenClasses, Shares, expected_shares, shift_of
-from exitify.adapt.review import Factory, Heads, Proposal, Rows, Ruling, propose
+from exitify.adapt.review import Factory, Heads, Proposal, Ruling, propose
 from exitify.adapt.settings import Guards, Learning
 from exitify.adapt.update import Classifier, Velocity, softmax, step, targets_of
 from exitify.artifact.artifact import NO_PROFILE, Artifact
@@ -82,8 +81,8 @@ class Happening:
 class Learner:
     """What learns, and decides. Not for several threads at once; `LearningSession` sees to that.
 
-    in_use: The heads and thresholds that answer. updates: Steps made, of all heads together. answers: Seen. learnt_from: Of these.
-    happened: Called with every decision, after it was taken.
+    in_use: The heads and thresholds that answer. updates: Steps that the heads that learn have had. answers: Seen. learnt_from: Of these. audited: Of
+    these; differed: Of these, answered otherwise than by the network. happened: Called with every decision, after it was taken.
     """
 
     def __init__(
@@ -98,22 +97,22 @@ class Learner:
             raise StateError("nothing can be learnt without exits and a profile", "`exitify calibrate` makes one")
         self.factory, self.how = Factory.of(artifact, profile), how or Learning()
         if "1" in self.factory.profile.skip:
-            raise StateError(f"the profile {profile!r} leaves blocks out, and what it promises cannot be seen then", "learn with a profile that does not")
+            raise StateError(
+                f"the profile {profile!r} leaves blocks out, and what it promises cannot be seen then", "learn with a profile that does not"
+            )
         self.guards: Guards | None = self.how.guards
         self.in_use = self.factory.ruling
         self.stage: Stage = "learning"
-        self.answers = self.updates = self.learnt_from = self.trials = 0
+        self.answers = self.updates = self.learnt_from = self.trials = self.audited = self.differed = 0
         self.trial: Trial | None = None
         self.seen = SeenClasses(artifact.plan.classes, self.how.half_life)
         self._names = [point.name for point in artifact.plan.exits]
         temperatures = self.factory.temperatures.astype(np.float32)
-        self._pupils = {
-            name: _Pupil(name, head, head, t) for name, head, t in zip(self._names, self.factory.ruling.heads, temperatures)
-        }
+        self._pupils = {name: _Pupil(name, head, head, t) for name, head, t in zip(self._names, self.factory.ruling.heads, temperatures)}
         self._final_temperature = float(temperatures[-1])
-        self._random = random.Random(seed)
+        self._random = np.random.default_rng(seed)
         self._happened = happened or (lambda _: None)
-        self._broken = self._forgot = 0
+        self._broken = self._forgot = self._begun = 0
         self._aim = self.guards.aim if self.guards else 1.0
         self._next_review = self.guards.review_every if self.guards else 0
         self._shift = np.zeros(artifact.plan.classes, np.float32)
@@ -144,7 +143,7 @@ class Learner:
         if self.guards is None:
             return False
         share = self.guards.audit_trial if self.trial else self.guards.audit
-        return self._random.random() < max(share, self.guards.audit_first / (self.answers + 1))
+        return self._random.random() < max(share, self.guards.audit_first / (self.answers - self._begun + 1))
 
     def observe(self, trace: Trace, *, audited: bool) -> bool:
         """Learn from a run. Returns whether heads or thresholds in use have changed.
@@ -199,9 +198,12 @@ class Learner:
                 self.stage = "stopped"
                 self._say("updates off", f"what was learnt was forgotten {self._forgot} times")
             return False
-        if found.ruling is None or self.stage != "learning":
+        if found.ruling is None or self.stage != "learning" or self.trial is not None or found.in_use is not self.in_use:
             return False
-        figures = f"cost {found.cost:.3f} after {found.cost_now:.3f}, other answers {found.differs:.2%} after {found.differs_now:.2%}, {found.ruling.left:.0%} left for rare classes, whose answers fall by {found.rare_drop:.2%}"
+        figures = (
+            f"cost {found.cost:.3f} after {found.cost_now:.3f}, other answers {found.differs:.2%} after {found.differs_now:.2%}, "
+            f"{found.ruling.left:.0%} left for rare classes, whose answers fall by {found.rare_drop:.2%}"
+        )
         if not self.factory.is_proven:
             self._use(found.ruling)
             self._say("in use", f"on {len(self.audits)} audited inputs: {figures}")
@@ -216,16 +218,30 @@ class Learner:
         """Answer with older heads again, the factory's by default, and learn on from the factory's."""
         for pupil in self._pupils.values():
             self._forget(pupil)
-        self.trial = None
+        self.trial, self.updates = None, 0
         self._use(ruling or self.factory.ruling)
         self._say("rollback", reason)
 
-    def resume(self, in_use: Ruling | None, learnt: Mapping[str, Classifier], counts: NDArray[np.float64], updates: int, trials: int, stage: Stage) -> None:
-        """Go on where a state ended."""
+    def resume(
+        self,
+        in_use: Ruling | None,
+        learnt: Mapping[str, Classifier],
+        counts: NDArray[np.float64],
+        *,
+        answers: int,
+        updates: int,
+        trials: int,
+        stage: Stage,
+    ) -> None:
+        """Go on where a state ended. What was audited is not in a state: the first inputs are audited again."""
         for name, head in learnt.items():
+            self._forget(self._pupils[name])
             self._pupils[name].head = head
         self.seen = SeenClasses(len(self.seen.counts), self.how.half_life, counts)
-        self.updates, self.trials, self.stage, self.trial = updates, trials, stage, None
+        self.answers, self.updates, self.trials, self.stage, self.trial = answers, updates, trials, stage, None
+        self._begun = answers
+        self._next_review = answers + (self.guards.review_every if self.guards else 0)
+        self.audits.clear()
         self._use(in_use or self.factory.ruling)
 
     def _teach(self, pupil: _Pupil, features: Array, wanted: Array) -> None:
@@ -266,6 +282,8 @@ class Learner:
         features = {visit.exit: visit.features for visit in trace.visits}
         self.audits.add(features, trace.full)
         differs = trace.answer.label != int(trace.full.argmax())
+        self.audited += 1
+        self.differed += differs
         if trace.answer.exit in self.agreement:
             counts = self.agreement[trace.answer.exit]
             counts[0] += not differs
@@ -288,7 +306,9 @@ class Learner:
         if trial.bet.evidence >= trial.needed:
             self.trial, self._aim = None, self.guards.aim if self.guards else 1.0
             self._use(trial.ruling)
-            self._say("in use", f"{figures}, at most {self.factory.limit:.2%} proven; cost {trial.proposal.cost:.3f} after {trial.proposal.cost_now:.3f}")
+            self._say(
+                "in use", f"{figures}, at most {self.factory.limit:.2%} proven; cost {trial.proposal.cost:.3f} after {trial.proposal.cost_now:.3f}"
+            )
         elif trial.bet.samples >= LONGEST_TRIAL or (trial.bet.samples >= FEWEST_TRIED and trial.bet.mean > HOPELESS * self.factory.limit):
             self.trial, self._aim = None, self._aim * PATIENCE
             self._say("dropped", f"{figures}, which does not prove {self.factory.limit:.2%}")
@@ -298,7 +318,7 @@ class Learner:
         self._broken += 1
         self.trial = None
         self._alarm = self._new_alarm()
-        if self._broken == 1 or self.in_use is self.factory.ruling or self.stage == "stopped" and self._is_factory():
+        if self._broken == 1 or self.in_use is self.factory.ruling or (self.stage == "stopped" and self._is_factory()):
             off = self._broken > 3
             thresholds = np.where(self.in_use.thresholds < NEVER, 1 - (1 - self.in_use.thresholds) * STRICTER, NEVER)
             self.in_use = replace(self.in_use, thresholds=np.full_like(thresholds, NEVER) if off else thresholds)

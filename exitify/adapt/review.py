@@ -118,11 +118,13 @@ class Factory:
 class Proposal:
     """What a review found.
 
-    ruling: New heads and thresholds, None for none. cost, cost_now: Mean cost on the audits, in full networks, of these and of those in use.
+    in_use: What was in use. ruling: New heads and thresholds, None for none.
+    cost, cost_now: Mean cost on the audits, in full networks, of these and of those in use.
     differs, differs_now: The shares of answers other than the network's. rare_drop: On the memory, by classes that are rarely seen.
     forgotten: Names of exits whose learning heads have forgotten too much of the memory.
     """
 
+    in_use: Ruling
     ruling: Ruling | None
     cost: float
     cost_now: float
@@ -148,7 +150,7 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
     memory, rare = factory.memory, rare_classes(shares)
     remembered = _Remembered(factory, memory) if memory is not None else None
     forgotten = remembered.forgotten(learnt, guards.forgetting) if remembered else ()
-    best = Proposal(None, cost_now, cost_now, differs_now, differs_now, 0.0, forgotten)
+    best = Proposal(in_use, None, cost_now, cost_now, differs_now, differs_now, 0.0, forgotten)
     for left in guards.left_for_rare if remembered else (0.5,):
         shift = shift_of(expected_shares(shares, left))
         heads = factory.shifted(learnt, shift)
@@ -163,7 +165,7 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
                 continue
             drop = remembered.drop(heads, thresholds, rare) if remembered else 0.0
             if drop <= guards.rare_drop:
-                best = Proposal(Ruling(heads, thresholds, left), cost, cost_now, float(differs.mean()), differs_now, drop, forgotten)
+                best = Proposal(in_use, Ruling(heads, thresholds, left), cost, cost_now, float(differs.mean()), differs_now, drop, forgotten)
     return best
 
 
@@ -177,7 +179,7 @@ class _Remembered:
     """The artifact's memory as outputs, and what the factory's heads make of it."""
 
     def __init__(self, factory: Factory, memory: Memory) -> None:
-        self.factory, self.labels = factory, memory.labels
+        self.factory, self.labels = factory, memory.labels.astype(np.int64)
         self.rows: Rows = [memory.features[point.name].astype(np.float32) for point in factory.plan.exits], memory.logits.astype(np.float32)
         self.right = self._right(factory.ruling.heads, factory.ruling.thresholds)
 

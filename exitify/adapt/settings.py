@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from exitify.adapt.update import Sgd
@@ -43,8 +43,7 @@ class Guards:
 
     def __post_init__(self) -> None:
         shares = {
-            name: getattr(self, name)
-            for name in ("gate", "rare_drop", "forgetting", "audit", "audit_trial", "aim", "trial_error", "alarm_error")
+            name: getattr(self, name) for name in ("gate", "rare_drop", "forgetting", "audit", "audit_trial", "aim", "trial_error", "alarm_error")
         }
         for name, share in (*shares.items(), *(("left_for_rare", one) for one in self.left_for_rare)):
             if not 0 <= share <= 1:
@@ -63,11 +62,11 @@ class Learning:
     guards: None for none of them: what is learnt is in use at once, under the thresholds of the profile.
     """
 
-    sgd: Sgd = Sgd()
+    sgd: Sgd = field(default_factory=Sgd)
     targets: Literal["hard", "soft"] = "hard"
     batch: int = 1
     half_life: float = 5000.0
-    guards: Guards | None = Guards()
+    guards: Guards | None = field(default_factory=Guards)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not self.half_life > 0:

@@ -1,7 +1,9 @@
-"""What a device has learnt: classifiers in snapshots, and why each is there. Data alone, bound to one artifact, in a file of its own.
+"""What a device has learnt: heads and thresholds that were in use in snapshots, the heads that learn, and why. Data alone, bound to one
+artifact, in a file of its own.
 
-The file is a container like an artifact's: `state.json` first, then `heads/<number>.safetensors` for each snapshot. It is written beside the old
-one and renamed, so that whoever is interrupted finds the old state or the new.
+The file is a container like an artifact's: `state.json` first, `heads/<number>.safetensors` for each snapshot, `learnt.safetensors` for the heads
+that learn. It is written beside the old one and renamed, so that whoever is interrupted finds the old state or the new. Of what was
+seen it holds the counts of classes, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from numpy.typing import NDArray
 
 from exitify.adapt.update import Classifier
 from exitify.artifact import container
-from exitify.artifact.artifact import LARGEST_RECORD, Artifact
+from exitify.artifact.artifact import LARGEST_RECORD, LEAST_TEMPERATURE, MOST_TEMPERATURE, Artifact
+from exitify.artifact.manifest import ExitSetting
 from exitify.artifact.tensors import read_tensors, write_tensors
 from exitify.errors import ArtifactError, RecordError, StateError
 from exitify.files import written_whole
@@ -35,17 +38,25 @@ EVENTS = 1000
 FACTORY = 0
 """The number of the artifact's own classifiers, which every state can go back to."""
 RECORD = "state.json"
-_AGAIN = "go on with the artifact's own heads: State.fresh(artifact) starts over"
+LEARNT = "learnt.safetensors"
+_AGAIN = "begin again with the artifact's own heads: `exitify state reset`"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Classifiers at some moment. number: From 1, never used again. updates: Made until then. reason: Why it was taken. seconds: Since 1970."""
+    """Heads that were taken into use, and how a profile's exits decide with them.
+
+    number: From 1, never used again. updates: Made until then. reason: Why it was taken. seconds: Since 1970. profile: Its name, empty
+    where there are no settings. settings: By exit. left: What was left for classes that are rarely seen, 1 where nothing was believed.
+    """
 
     number: int
     updates: int
     reason: str
     seconds: float
+    profile: str = ""
+    settings: Mapping[str, ExitSetting] = field(default_factory=dict)
+    left: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,14 +74,20 @@ class Event:
 class StateRecord:
     """What stands in `state.json`.
 
-    model_id: Of the artifact. updates: Made so far. current: The snapshot in use, `FACTORY` for none. next: The number of the next one.
+    model_id: Of the artifact. updates: That the heads that learn have had. answers: Seen. current: The snapshot in use, `FACTORY` for none.
+    next: The number of the next one. trials: Made so far. stopped: Whether nothing is learnt any more. seen: How often each class was
+    answered, what is long ago counting less; empty where nothing was seen.
     """
 
     format: int
     model_id: str
     updates: int = 0
+    answers: int = 0
     current: int = FACTORY
     next: int = 1
+    trials: int = 0
+    stopped: bool = False
+    seen: tuple[float, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     events: tuple[Event, ...] = ()
 
@@ -79,12 +96,14 @@ class StateRecord:
 class State:
     """A state in memory. Frozen: each change returns a new one.
 
-    artifact: That it belongs to. tensors: Classifiers of each snapshot, by its number and then by name.
+    artifact: That it belongs to. tensors: Classifiers of each snapshot, by its number and then by name. learnt: The heads that learn, by name;
+    empty for the artifact's own.
     """
 
     artifact: Artifact = field(repr=False)
     record: StateRecord
     tensors: Mapping[int, Mapping[str, Array]] = field(repr=False, default_factory=dict)
+    learnt: Mapping[str, Array] = field(repr=False, default_factory=dict)
 
     @classmethod
     def fresh(cls, artifact: Artifact) -> State:
@@ -111,7 +130,7 @@ class State:
             files = container.read(place.read_bytes())
             return _parsed(files, artifact, place)
         except OSError as error:
-            raise StateError(f"cannot read {place}: {error.strerror or error}", "State.fresh(artifact) begins one") from error
+            raise StateError(f"cannot read {place}: {error.strerror or error}", "`exitify adapt --state` makes one") from error
         except (ArtifactError, RecordError) as error:
             raise StateError(f"{place} is no whole state: {error.problem.replace('the artifact', 'it')}", _AGAIN) from error
 
@@ -123,6 +142,8 @@ class State:
         """
         files: dict[str, bytes] = {RECORD: dumps(self.record)}
         files.update({_path(number): write_tensors(tensors) for number, tensors in self.tensors.items()})
+        if self.learnt:
+            files[LEARNT] = write_tensors(self.learnt)
         with written_whole(path) as stream:
             container.write(stream, files)
         return Path(path)
@@ -131,25 +152,54 @@ class State:
         """The classifiers in use, by name; the artifact's own where nothing was learnt."""
         return {**self.artifact.classifiers(), **self.tensors.get(self.record.current, {})}
 
-    def keep(self, tensors: Mapping[str, Array], updates: int, reason: str) -> State:
+    def keep(
+        self,
+        tensors: Mapping[str, Array],
+        updates: int,
+        reason: str,
+        *,
+        profile: str = "",
+        settings: Mapping[str, ExitSetting] | None = None,
+        left: float = 1.0,
+    ) -> State:
         """These classifiers as a snapshot, in use from now on.
 
         Args:
             tensors: By name; those left out are as in the snapshot in use. updates: Made since the state was fresh.
+            profile, settings, left: How exits decide with them, as a `Snapshot` has it.
 
         Raises:
             StateError: they are no classifiers of this artifact, or not finite.
         """
-        held, own = {**self.current(), **tensors}, self.artifact.classifiers()
-        for name, array in held.items():
-            if name not in own or (array.dtype, array.shape) != (own[name].dtype, own[name].shape) or not np.isfinite(array).all():
-                raise StateError(f"{name!r} is no classifier of the artifact, or holds a number that is not finite", "go back to a snapshot")
+        held = self._checked({**self.current(), **tensors})
         number = self.record.next
-        snapshot = Snapshot(number, updates, reason, time.time())
+        snapshot = Snapshot(number, updates, reason, time.time(), profile, settings or {}, left)
         kept = (*self.record.snapshots, snapshot)[-KEPT:]
         numbers = {one.number for one in kept}
         arrays = {n: held for n, held in {**self.tensors, number: held}.items() if n in numbers}
         return replace(self, record=replace(self.record, updates=updates, current=number, next=number + 1, snapshots=kept), tensors=arrays)
+
+    def with_learnt(self, tensors: Mapping[str, Array], updates: int, **changes: Any) -> State:
+        """The same with these heads as those that learn.
+
+        Args:
+            tensors: All classifiers, by name. updates: That they have had. changes: Other fields of the record.
+
+        Raises:
+            StateError: they are not the classifiers of this artifact, or not finite.
+        """
+        return replace(self, record=replace(self.record, updates=updates, **changes), learnt=self._checked(tensors))
+
+    def _checked(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        own = self.artifact.classifiers()
+        for name, array in tensors.items():
+            if name not in own or (array.dtype, array.shape) != (own[name].dtype, own[name].shape) or not np.isfinite(array).all():
+                raise StateError(f"{name!r} is no classifier of the artifact, or holds a number that is not finite", "go back to a snapshot")
+        return dict(tensors)
+
+    def snapshot(self) -> Snapshot | None:
+        """The one in use, None for the artifact's own heads."""
+        return next((one for one in self.record.snapshots if one.number == self.record.current), None)
 
     def note(self, what: str, reason: str, exit_name: str = "") -> State:
         """The same with an event."""
@@ -162,24 +212,31 @@ class State:
         Raises:
             StateError: it is not kept any more.
         """
+        return self.use(number).note("rollback", f"{reason}; from snapshot {self.record.current} to {number}")
+
+    def use(self, number: int) -> State:
+        """A snapshot in use, or the artifact's own classifiers (`FACTORY`).
+
+        Raises:
+            StateError: it is not kept any more.
+        """
         if number != FACTORY and number not in self.tensors:
             there_are = ", ".join(str(one.number) for one in self.record.snapshots) or "none"
             raise StateError(f"the state has no snapshot {number}", f"it has {there_are}; {FACTORY} is the artifact's own heads")
-        changed = replace(self, record=replace(self.record, current=number))
-        return changed.note("rollback", f"{reason}; from snapshot {self.record.current} to {number}")
+        return replace(self, record=replace(self.record, current=number))
 
-    def updates_in_use(self) -> int:
-        """How many updates the classifiers in use have had; after a rollback fewer than were made."""
-        return next((one.updates for one in self.record.snapshots if one.number == self.record.current), 0)
-
-    def drift(self) -> dict[str, float]:
-        """How far each exit's classifier is from the artifact's own, over that one's size."""
-        ours, theirs = self.current(), self.artifact.classifiers()
+    def drift(self, *, learning: bool = False) -> dict[str, float]:
+        """How far each exit's classifier is from the artifact's own, over that one's size; of the one in use, or of the one that learns."""
+        theirs = self.artifact.classifiers()
+        ours = {**theirs, **self.learnt} if learning else self.current()
         return {point.name: classifier_of(ours, point).distance(classifier_of(theirs, point)) for point in self.artifact.plan.exits}
 
 
 def merged(states: Sequence[State]) -> State:
-    """What several devices with one artifact have learnt: the mean of their classifiers, weighed by the updates that are in each.
+    """What several devices with one artifact have learnt: the mean of the heads that learn, weighed by the updates they have had, and the sum of
+    what was seen.
+
+    No thresholds go with it: the artifact's own heads are in use until a device has found, and proven, its own for these.
 
     Raises:
         StateError: none are given, or they belong to different artifacts.
@@ -189,15 +246,21 @@ def merged(states: Sequence[State]) -> State:
     first = states[0]
     if any(state.record.model_id != first.record.model_id for state in states):
         raise StateError("these states belong to different artifacts", "merge those of one artifact")
-    counts = np.array([state.updates_in_use() for state in states], np.float64)
+    counts = np.array([state.record.updates if state.learnt else 0 for state in states], np.float64)
     total = counts.sum()
     if not total:
         return State.fresh(first.artifact)
-    held = [state.current() for state in states]
-    mean = {name: sum(count / total * one[name].astype(np.float64) for count, one in zip(counts, held)).astype(np.float32) for name in held[0]}
-    return State.fresh(first.artifact).keep(
-        mean, int(total), f"merged from {len(states)} states with {', '.join(map(str, counts.astype(int)))} updates"
+    own = first.artifact.classifiers()
+    held = [{**own, **state.learnt} for state in states]
+    mean = {name: sum(count / total * one[name].astype(np.float64) for count, one in zip(counts, held)).astype(np.float32) for name in own}
+    seen = (
+        tuple(float(one) for one in np.sum([state.record.seen for state in states if state.record.seen], axis=0))
+        if any(state.record.seen for state in states)
+        else ()
     )
+    answers = sum(state.record.answers for state in states)
+    together = State.fresh(first.artifact).with_learnt(mean, int(total), answers=answers, seen=seen)
+    return together.note("merged", f"{len(states)} states with {', '.join(map(str, counts.astype(int)))} updates")
 
 
 def classifier_of(tensors: Mapping[str, Array], point: ExitPoint) -> Classifier:
@@ -207,7 +270,7 @@ def classifier_of(tensors: Mapping[str, Array], point: ExitPoint) -> Classifier:
 
 def most_bytes(artifact: Artifact) -> int:
     """What a state of this artifact can have."""
-    return LARGEST_RECORD + KEPT * (sum(array.nbytes for array in artifact.classifiers().values()) + 64 * 1024)
+    return LARGEST_RECORD + (KEPT + 1) * (sum(array.nbytes for array in artifact.classifiers().values()) + 64 * 1024)
 
 
 def _path(number: int) -> str:
@@ -233,18 +296,32 @@ def _parsed(files: Mapping[str, memoryview], artifact: Artifact, place: Path) ->
         and record.next > max(numbers, default=FACTORY)
         and record.current in (FACTORY, *numbers)
         and record.updates >= 0
-        and set(files) == {RECORD, *map(_path, numbers)}
+        and set(files) - {LEARNT} == {RECORD, *map(_path, numbers)}
+        and len(record.seen) in (0, artifact.plan.classes)
+        and min((*record.seen, record.trials, record.answers)) >= 0
     )
     if not holds:
         raise StateError(f"{place} contradicts itself: its snapshots are not those that it lists", _AGAIN)
-    own = artifact.classifiers()
-    tensors = {}
-    for number in numbers:
-        held = read_tensors(files[_path(number)], _path(number))
-        if {name: (array.dtype, array.shape) for name, array in held.items()} != {name: (array.dtype, array.shape) for name, array in own.items()}:
-            raise StateError(f"{place} holds in snapshot {number} other tensors than the artifact's classifiers", _AGAIN)
-        for name, array in held.items():
-            if not np.isfinite(array).all():
-                raise StateError(f"{place} holds in snapshot {number} a number in {name!r} that is not finite", _AGAIN)
-        tensors[number] = {name: np.array(array) for name, array in held.items()}
-    return State(artifact, record, tensors)
+    for one in record.snapshots:
+        _check_settings(one, artifact, place)
+    tensors = {number: _read_heads(files[_path(number)], artifact, place, f"snapshot {number}") for number in numbers}
+    learnt = _read_heads(files[LEARNT], artifact, place, "the heads that learn") if LEARNT in files else {}
+    return State(artifact, record, tensors, learnt)
+
+
+def _check_settings(snapshot: Snapshot, artifact: Artifact, place: Path) -> None:
+    exits = {point.name for point in artifact.plan.exits}
+    if bool(snapshot.profile) != bool(snapshot.settings) or (snapshot.settings and set(snapshot.settings) != exits):
+        raise StateError(f"{place} contradicts itself: snapshot {snapshot.number} does not say how each exit decides", _AGAIN)
+    if not all(LEAST_TEMPERATURE <= setting.temperature <= MOST_TEMPERATURE for setting in snapshot.settings.values()):
+        raise StateError(f"{place} holds in snapshot {snapshot.number} a temperature that there cannot be", _AGAIN)
+
+
+def _read_heads(data: memoryview, artifact: Artifact, place: Path, what: str) -> dict[str, Array]:
+    own, held = artifact.classifiers(), read_tensors(data, LEARNT)
+    if {name: (array.dtype, array.shape) for name, array in held.items()} != {name: (array.dtype, array.shape) for name, array in own.items()}:
+        raise StateError(f"{place} holds in {what} other tensors than the artifact's classifiers", _AGAIN)
+    for name, array in held.items():
+        if not np.isfinite(array).all():
+            raise StateError(f"{place} holds in {what} a number in {name!r} that is not finite", _AGAIN)
+    return {name: np.array(array) for name, array in held.items()}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,4 +95,5 @@ def read_memory(data: Buffer, plan: Plan, model_id: str) -> Memory:
     numbers = [array for name, array in tensors.items() if name not in (_MODEL, _LABELS)]
     if labels.min() < 0 or labels.max() >= plan.classes or not all(np.isfinite(array).all() for array in numbers):
         raise MalformedManifest(f"{MEMORY_FILE} holds a label that is no class, or a number that is not finite", _AGAIN)
-    return Memory({point.name: tensors[f"{point.name}.z"] for point in plan.exits}, tensors[_LOGITS], labels)  # type: ignore[arg-type]
+    features = {point.name: cast(NDArray[np.float16], tensors[f"{point.name}.z"]) for point in plan.exits}
+    return Memory(features, cast(NDArray[np.float16], tensors[_LOGITS]), cast(NDArray[np.int32], labels))

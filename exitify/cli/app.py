@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from exitify.cli import board, build, show, use
+from exitify.cli import adapt, board, build, show, use
 from exitify.errors import ExitifyError
 
 EXTRAS = {"torch": "transform", "onnx": "transform", "onnxscript": "transform", "networkx": "transform", "onnxruntime": "ort", "tvm": "compile"}
@@ -61,6 +61,7 @@ for command in (
     use.run,
     use.bench,
     use.measure,
+    adapt.adapt,
     use.inspect,
     build.export,
     use.targets,
@@ -71,6 +72,10 @@ boards = typer.Typer(help="A board's own software, and its side of remote tuning
 for of_board in (board.serve, board.tracker, board.sidecar):
     boards.command()(_with_plain_errors(of_board))
 app.add_typer(boards, name="board")
+states = typer.Typer(help="What a device has learnt: why, how far it is from the artifact, back, and several together.", no_args_is_help=True)
+for of_state in (adapt.log, adapt.diff, adapt.reset, adapt.merge):
+    states.command()(_with_plain_errors(of_state))
+app.add_typer(states, name="state")
 
 
 def main() -> None:

@@ -11,6 +11,9 @@ from exitify.cli.show import millions, percent, say, table
 from exitify.plan import FINAL, Plan
 
 if TYPE_CHECKING:
+    from exitify.adapt.compare import Difference
+    from exitify.adapt.report import AdaptReport
+    from exitify.adapt.state import State
     from exitify.benchmark import BenchReport
     from exitify.board.doctor import Finding
     from exitify.passes.choose_exits import Considered
@@ -193,3 +196,53 @@ def targets(boards: Sequence[Target]) -> None:
         memory = f"{board.memory_gib} GiB, {board.bandwidth_gb_s:g} GB/s" if board.memory_gib else ""
         rows.append((board.name, board.description, cores, gpu, memory, ", ".join(board.power_modes)))
     table("Targets", ("name", "board", "CPU", "GPU", "memory", "power modes"), rows)
+
+
+def adapted(report: AdaptReport, classes: Sequence[str]) -> None:
+    """What a stream has changed."""
+    names = [classes[i] if i < len(classes) else str(i) for i in report.seen]
+    seen = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    say(
+        f"{report.answers} answers in {report.seconds:.0f} s, {report.updates} updates; {report.audited} audited, "
+        f"{percent(report.differed)} of these other than the network's. Seen: {seen}."
+    )
+    if report.refused:
+        say(f"{report.refused} inputs were refused; the first: {report.refusal}")
+    if report.not_saved:
+        say(f"On the way the state could not be written: {report.not_saved}")
+    happened([(event.updates, event.what, event.exit, event.reason) for event in report.events])
+    if report.before is not None and report.after is not None:
+        rows: list[tuple[object, ...]] = []
+        for name, one in (("before", report.before), ("after", report.after)):
+            exits = ", ".join(f"{exit_name} {share * 100:.0f} %" for exit_name, share in one.exits.items() if share)
+            accuracies = (f"{share:.2%}" for share in (one.accuracy_seen, one.accuracy_rest))
+            rows.append((name, *accuracies, f"{one.macs_seen:.3f}", f"{one.ms_seen:.3f}", exits))
+        title = f"On {report.after.samples} labelled samples, not learnt from"
+        table(title, ("", "right, classes seen", "right, the others", "cost, seen", "mean ms, seen", "left at, seen"), rows)
+    table("Heads that learn", ("exit", "drift"), [(name, percent(drift)) for name, drift in report.drift.items()])
+
+
+def happened(rows: Sequence[tuple[object, ...]]) -> None:
+    """What was decided, and why."""
+    table("Decided", ("updates", "what", "exit", "why"), rows)
+
+
+def state_log(state: State) -> None:
+    """What is in a state."""
+    record = state.record
+    say(
+        f"{record.answers} answers, {record.updates} updates in the heads that learn, {record.trials} trials; "
+        f"in use: {f'snapshot {record.current}' if record.current else 'the artifact itself'}"
+        f"{'; nothing is learnt any more' if record.stopped else ''}."
+    )
+    rows = [(one.number, one.profile, one.updates, one.reason) for one in record.snapshots]
+    table("Snapshots", ("number", "profile", "updates", "why"), rows)
+    happened([(event.updates, event.what, event.exit, event.reason) for event in record.events])
+
+
+def state_diff(found: Sequence[Difference], other: str) -> None:
+    """How far a state is from another."""
+    rows = [
+        (one.exit, percent(one.in_use), percent(one.learning), *("off" if t is None else f"{t:.4f}" for t in (one.ours, one.theirs))) for one in found
+    ]
+    table(f"Against {other}", ("exit", "head in use", "head that learns", "threshold", "there"), rows)

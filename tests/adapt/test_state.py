@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from exitify.adapt import state as module
-from exitify.adapt.state import EVENTS, FACTORY, KEPT, RECORD, State, merged
+from exitify.adapt.state import EVENTS, FACTORY, KEPT, LEARNT, RECORD, State, merged
 from exitify.artifact import container
 from exitify.artifact.artifact import HEADS_FILE, Artifact
+from exitify.artifact.manifest import ExitSetting
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import StateError
 from exitify.files import NotWritten
@@ -39,13 +40,17 @@ def moved(artifact: Artifact, by: float) -> dict[str, np.ndarray]:
 def learnt(artifact: Artifact, snapshots: int = 2) -> State:
     state = State.fresh(artifact)
     for i in range(snapshots):
-        state = state.keep(moved(artifact, 0.01 * (i + 1)), 100 * (i + 1), f"reason {i}").note("learning", f"event {i}", "exit1")
-    return state
+        settings = {point.name: ExitSetting(True, 0.5 + 0.1 * i, 2.0) for point in artifact.plan.exits}
+        state = state.keep(moved(artifact, 0.01 * (i + 1)), 100 * (i + 1), f"reason {i}", profile="default", settings=settings, left=0.3)
+        state = state.note("learning", f"event {i}", "exit1")
+    seen = tuple(1.5 * i for i in range(artifact.plan.classes))
+    return state.with_learnt(moved(artifact, 0.5), 100 * snapshots, answers=1000, trials=3, stopped=True, seen=seen)
 
 
 def same(one: State, other: State) -> bool:
     tensors = all(np.array_equal(one.tensors[n][name], other.tensors[n][name]) for n in one.tensors for name in one.tensors[n])
-    return one.record == other.record and one.tensors.keys() == other.tensors.keys() and tensors
+    learnt = one.learnt.keys() == other.learnt.keys() and all(np.array_equal(one.learnt[name], other.learnt[name]) for name in one.learnt)
+    return one.record == other.record and one.tensors.keys() == other.tensors.keys() and tensors and learnt
 
 
 def edited(path: Path, change: Callable[[dict[str, Any], dict[str, bytes]], object]) -> Path:
@@ -124,19 +129,26 @@ def test_what_is_left_out_is_as_in_the_snapshot_in_use(artifact: Artifact, tmp_p
         assert np.array_equal(array, moved(artifact, 7.0 if other == name else 0.02)[other])
 
 
-def test_a_device_that_went_back_counts_for_what_it_uses(artifact: Artifact) -> None:
+def test_a_device_that_began_again_counts_for_what_it_learns_now(artifact: Artifact) -> None:
     back = State.fresh(artifact).keep(moved(artifact, 9.0), 1000, "").back_to(FACTORY, "")
-    learner = State.fresh(artifact).keep(moved(artifact, 1.0), 10, "")
-    for name, array in merged([back, learner]).current().items():
+    learner = State.fresh(artifact).with_learnt(moved(artifact, 1.0), 10)
+    for name, array in merged([back, learner]).learnt.items():
         np.testing.assert_allclose(array, artifact.classifiers()[name] + 1.0, rtol=1e-6)
 
 
 def test_merged_states_are_means_weighed_by_updates(artifact: Artifact) -> None:
-    one, other = (State.fresh(artifact).keep(moved(artifact, by), updates, "") for by, updates in ((1.0, 300), (5.0, 100)))
-    both = merged([one, other])
-    for name, array in both.current().items():
+    classes = artifact.plan.classes
+    seen = [tuple(float(i) for i in range(classes)), tuple(1.0 for _ in range(classes))]
+    one, other = (
+        State.fresh(artifact).keep(moved(artifact, 3.0), 1, "").with_learnt(moved(artifact, by), updates, seen=counts, answers=7)
+        for by, updates, counts in zip((1.0, 5.0), (300, 100), seen)
+    )
+    both = merged([one, other, State.fresh(artifact)])
+    for name, array in both.learnt.items():
         np.testing.assert_allclose(array, artifact.classifiers()[name] + 2.0, rtol=1e-6)
-    assert both.record.updates == 400
+    assert (both.record.updates, both.record.answers, both.record.seen) == (400, 14, tuple(i + 1.0 for i in range(classes)))
+    assert both.record.events[-1].reason == "3 states with 300, 100, 0 updates"
+    assert both.record.current == FACTORY, "nobody has proven the mean of heads"
     assert merged([State.fresh(artifact)] * 2).record == State.fresh(artifact).record
     with pytest.raises(StateError, match="there are no states to merge"):
         merged([])
@@ -172,6 +184,22 @@ CASES: dict[str, tuple[Callable[[Artifact], Callable[[dict[str, Any], dict[str, 
     "a number that will be used again": (lambda a: lambda d, f: d.update(next=1), "contradicts itself"),
     "a snapshot without its tensors": (lambda a: lambda d, f: f.pop("heads/1.safetensors"), "contradicts itself"),
     "tensors of no snapshot": (lambda a: lambda d, f: f.update({"heads/9.safetensors": f["heads/1.safetensors"]}), "contradicts itself"),
+    "counts of other classes": (lambda a: lambda d, f: d.update(seen=[1.0]), "contradicts itself"),
+    "counts below none": (lambda a: lambda d, f: d.update(seen=[-1.0] * a.plan.classes), "contradicts itself"),
+    "settings of no profile": (lambda a: lambda d, f: d["snapshots"][0].update(profile=""), "does not say how each exit decides"),
+    "settings of some exits": (lambda a: lambda d, f: d["snapshots"][0]["settings"].pop("exit1"), "does not say how each exit decides"),
+    "a temperature of nothing": (
+        lambda a: lambda d, f: d["snapshots"][0]["settings"]["exit1"].update(temperature=0.0),
+        "holds in snapshot 1 a temperature that there cannot be",
+    ),
+    "heads that learn of other shapes": (
+        lambda a: lambda d, f: f.update({LEARNT: write_tensors({name: array[:1] for name, array in a.classifiers().items()})}),
+        "holds in the heads that learn other tensors than the artifact's classifiers",
+    ),
+    "heads that learn that are no numbers": (
+        lambda a: lambda d, f: f.update({LEARNT: write_tensors(broken(a.classifiers()))}),
+        "holds in the heads that learn a number in .* that is not finite",
+    ),
     "a file of another kind": (lambda a: lambda d, f: f.update({"run.py": b"import os"}), "contradicts itself"),
     "no record": (lambda a: lambda d, f: f.pop(RECORD), "is no state: state.json is not its first file"),
     "tensors of other shapes": (
@@ -209,7 +237,7 @@ def test_every_damaged_byte_and_every_length_is_refused(artifact: Artifact, tmp_
 
 def test_a_state_that_is_too_large_or_missing_is_refused_unread(artifact: Artifact, tmp_path: Path) -> None:
     path = tmp_path / "device.state"
-    with pytest.raises(StateError, match=f"^cannot read {path}: No such file or directory\n  hint: State.fresh\\(artifact\\) begins one$"):
+    with pytest.raises(StateError, match=f"^cannot read {path}: No such file or directory\n  hint: `exitify adapt --state` makes one$"):
         State.open(path, artifact)
     with open(path, "wb") as stream:
         stream.truncate(module.most_bytes(artifact) + 1)
