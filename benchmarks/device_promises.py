@@ -5,7 +5,7 @@
 A device's artifact is calibrated on 2,500 images drawn from the recorded population, whose disagreement under any heads
 and thresholds is known exactly. Its promise holds if no version that was ever in use breaks it, judged against the
 population of its stream: every class (`--classes all`), or the images of three classes (`--classes three`), which the
-factory has promised nothing about. Resumable: devices in the log are not run again.
+factory has promised nothing about: there `--prove-first` belongs. Resumable: devices in the log are not run again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--classes", choices=("all", "three"), default="all")
+    parser.add_argument("--prove-first", action="store_true", help="no exit before one is proven on the device's own stream")
     parser.add_argument("--log", type=Path, default=Path("promises.jsonl"))
     options = parser.parse_args()
     population = Population.record(options.artifact)
@@ -58,7 +59,8 @@ def live(population: Population, number: int, options: argparse.Namespace) -> di
     )
     everything = np.arange(len(population.labels))
     mine = everything if options.classes == "all" else np.flatnonzero(np.isin(population.labels, TRIPLES[number % len(TRIPLES)]))
-    device = Device(population, artifact, Learning(guards=Guards(left_for_rare=(0.3,))), seed=number)
+    guards = Guards(left_for_rare=(0.3,), trust_factory=not options.prove_first)
+    device = Device(population, artifact, Learning(guards=guards), seed=number)
     device.see(random.choice(mine, options.answers))
     factory = device.learner.factory
     verdicts = [judged(factory, ruling, population, mine) for _, ruling in device.versions]

@@ -81,8 +81,9 @@ class Happening:
 class Learner:
     """What learns, and decides. Not for several threads at once; `LearningSession` sees to that.
 
-    in_use: The heads and thresholds that answer. updates: Steps that the heads that learn have had. answers: Seen. learnt_from: Of these. audited: Of
-    these; differed: Of these, answered otherwise than by the network. happened: Called with every decision, after it was taken.
+    in_use: The heads and thresholds that answer. first: Those it began with.
+    updates: Steps that the heads that learn have had. answers: Seen; learnt_from, audited: Of these; differed: Of the audited, answered
+    otherwise than by the network.
     """
 
     def __init__(
@@ -101,7 +102,10 @@ class Learner:
                 f"the profile {profile!r} leaves blocks out, and what it promises cannot be seen then", "learn with a profile that does not"
             )
         self.guards: Guards | None = self.how.guards
-        self.in_use = self.factory.ruling
+        self.first = self.factory.ruling
+        if self.guards and self.factory.is_proven and not self.guards.trust_factory:
+            self.first = replace(self.first, thresholds=np.full_like(self.first.thresholds, NEVER))
+        self.in_use = self.first
         self.stage: Stage = "learning"
         self.answers = self.updates = self.learnt_from = self.trials = self.audited = self.differed = 0
         self.trial: Trial | None = None
@@ -142,6 +146,8 @@ class Learner:
         """Whether the next input is to go on to the end. Drawn before it is seen, so that audited inputs are inputs like all."""
         if self.guards is None:
             return False
+        if not (self.in_use.thresholds < NEVER).any():
+            return True  # it goes to the end anyway
         share = self.guards.audit_trial if self.trial else self.guards.audit
         return self._random.random() < max(share, self.guards.audit_first / (self.answers - self._begun + 1))
 
@@ -215,11 +221,11 @@ class Learner:
         return False
 
     def roll_back(self, reason: str, ruling: Ruling | None = None) -> None:
-        """Answer with older heads again, the factory's by default, and learn on from the factory's."""
+        """Answer with older heads again, by default those of the beginning, and learn on from the factory's."""
         for pupil in self._pupils.values():
             self._forget(pupil)
         self.trial, self.updates = None, 0
-        self._use(ruling or self.factory.ruling)
+        self._use(ruling or self.first)
         self._say("rollback", reason)
 
     def resume(
@@ -242,7 +248,7 @@ class Learner:
         self._begun = answers
         self._next_review = answers + (self.guards.review_every if self.guards else 0)
         self.audits.clear()
-        self._use(in_use or self.factory.ruling)
+        self._use(in_use or self.first)
 
     def _teach(self, pupil: _Pupil, features: Array, wanted: Array) -> None:
         pupil.waiting.append((features, wanted))
@@ -318,7 +324,7 @@ class Learner:
         self._broken += 1
         self.trial = None
         self._alarm = self._new_alarm()
-        if self._broken == 1 or self.in_use is self.factory.ruling or (self.stage == "stopped" and self._is_factory()):
+        if self._broken == 1 or self.in_use is self.first or (self.stage == "stopped" and self._is_factory()):
             off = self._broken > 3
             thresholds = np.where(self.in_use.thresholds < NEVER, 1 - (1 - self.in_use.thresholds) * STRICTER, NEVER)
             self.in_use = replace(self.in_use, thresholds=np.full_like(thresholds, NEVER) if off else thresholds)

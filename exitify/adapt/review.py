@@ -14,6 +14,7 @@ from exitify.adapt.update import Classifier
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import ExitSetting, Profile
 from exitify.artifact.memory import Memory
+from exitify.calibration.bounds import upper_bound
 from exitify.calibration.calibrate import Outputs, disagreement_of, excess_error, exit_settings, recorded_outputs
 from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path
 from exitify.plan import Plan
@@ -27,8 +28,9 @@ CARES = (0.3, 1.0, 3.0)
 """How much an error in the artifact's memory counts beside one in the audits where thresholds are searched: each is tried."""
 WORTHWHILE = 0.98
 """New heads must cost less than this share of those in use."""
-SURENESS = 1.28
-"""Standard errors that an estimate must be within its limit: 90 %."""
+SURENESS = 0.9
+ERRORS = 1.28
+"""How sure an estimate from the audits must be within its limit, and how many standard errors that is."""
 SLACK = 0.005
 """How many more answers may differ from the network's than with the factory's heads, where the profile's promise does not say."""
 
@@ -137,9 +139,10 @@ class Proposal:
 def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, rows: Rows, guards: Guards, aim: float) -> Proposal:
     """The cheapest heads and thresholds that, as far as audits and memory tell, keep the profile's promise.
 
-    On the audits: as many answers may differ from the network's as `aim` times a promised rate; without one, as with the factory's
-    heads and thresholds, and hardly more within the estimate's error. On the memory: classes that are rarely seen are as often right but
-    for `rare_drop`. Without a memory that is not known, and only half of what was seen is believed.
+    On the audits: as few answers may differ from the network's that they are likely to be at most `aim` times a promised rate;
+    without one, as few as with the factory's heads and thresholds, and hardly more within the estimate's error. On the memory: classes
+    that are rarely seen are as often right but for `rare_drop`. Without a memory that is not known, and half of what was seen is
+    believed.
 
     Args:
         learnt: Without any shift. in_use: To be cheaper than. shares: Of the classes, as seen. rows: Audited.
@@ -170,9 +173,10 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
 
 
 def _keeps(factory: Factory, differs: NDArray[np.float64], differed: NDArray[np.float64], aim: float) -> bool:
-    more = differs if factory.is_proven else differs - differed
-    surely = float(more.mean() + SURENESS * more.std() / np.sqrt(len(more)))
-    return surely <= aim * factory.limit if factory.is_proven else more.mean() <= 0 and surely <= factory.limit
+    if factory.is_proven:
+        return upper_bound(int(differs.sum()), len(differs), SURENESS) <= aim * factory.limit
+    more = differs - differed
+    return bool(more.mean() <= 0 and more.mean() + ERRORS * more.std() / np.sqrt(len(more)) <= factory.limit)
 
 
 class _Remembered:

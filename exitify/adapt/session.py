@@ -62,6 +62,8 @@ class LearningSession(Session):
         self.learner = Learner(artifact, self._judge, how, seed=seed, happened=self._note)
         self._learning = threading.Lock()
         self._in_background = in_background
+        if self.learner.first is not self.learner.factory.ruling:
+            self._hand_over()
         self._reviewing: threading.Thread | None = None
 
     @classmethod
@@ -181,7 +183,7 @@ class LearningSession(Session):
         now = self.learner.in_use
         if now is before:
             return
-        if now is self.learner.factory.ruling:
+        if now is self.learner.first:
             self.state = self.state.use(FACTORY)
         elif self.learner.guards is not None:  # without guard rails each update is in use, and only saved ones are kept
             self._keep("taken into use" if not self.state.record.events else self.state.record.events[-1].reason)

@@ -22,7 +22,9 @@ class Guards:
     audit_trial: The share while new heads are on trial.
     audits_kept: Audited runs that thresholds are found on.
     review_every: Answers between two looks at what was learnt, at first; later half as many as there were until then.
-    aim: New thresholds are to have this share of the disagreement that a `risk` profile allows, so that it can be proven.
+    trust_factory: Whether a promised rate is taken to hold for what this device sees. If not, no exit is taken until one is proven here, and
+        until then all inputs are audited.
+    aim: New thresholds are likely to have at most this share of the disagreement that a `risk` profile allows, so that it can be proven.
     trial_error, alarm_error: The chance to take new heads into use that break the promise, all trials together; and to stop ones
         that keep it.
     """
@@ -37,6 +39,7 @@ class Guards:
     audit_trial: float = 0.2
     audits_kept: int = 1000
     review_every: int = 500
+    trust_factory: bool = True
     aim: float = 0.6
     trial_error: float = 0.02
     alarm_error: float = 0.01
