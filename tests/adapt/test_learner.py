@@ -15,6 +15,7 @@ from exitify.adapt.learner import Learner
 from exitify.adapt.review import Factory, Proposal, Ruling, propose
 from exitify.adapt.settings import Guards, Learning
 from exitify.adapt.update import Classifier, Sgd, softmax
+from exitify.calibration.thresholds import NEVER
 from exitify.errors import DataError, StateError, UnknownProfile
 from exitify.plan import FINAL
 from exitify.runtime.session import Answer, Trace, Visit
