@@ -123,6 +123,7 @@ class Learner:
         self.audits = Audits(artifact.plan, self.guards.audits_kept if self.guards else 1)
         self.agreement = {name: [0, 0] for name in self._names}
         self._alarm = self._new_alarm()
+        self._rare: Bet | None = None
 
     @property
     def learnt(self) -> Heads:
@@ -165,6 +166,7 @@ class Learner:
         if audited and trace.full is not None and self.guards is not None:
             self._audit(trace)
         label = int(target.argmax())
+        self._watch_classes(label)
         if self.guards is None or sure[label] >= self.guards.gate:
             self.seen.add(label)
             if self.stage == "learning" and visits:
@@ -249,6 +251,20 @@ class Learner:
         self._next_review = answers + (self.guards.review_every if self.guards else 0)
         self.audits.clear()
         self._use(in_use or self.first)
+
+    def _watch_classes(self, label: int) -> None:
+        """Whether classes come that were rare when what is in use was found: of every answer, so that it is soon seen."""
+        rare = self.in_use.rare
+        if self.guards is None or self._rare is None or rare is None:
+            return
+        self._rare.add(float(rare[label]))
+        if self._rare.evidence >= 1.0 / self.guards.alarm_error:
+            reason = f"{self._rare.mean:.1%} of {self._rare.samples} answers are classes of which {self._rare.limit:.1%} were expected"
+            self._use(self.first)
+            self.trial, self._next_review = None, self.answers + self.guards.review_every
+            self.audits.clear()
+            self.seen = SeenClasses(len(rare), self.how.half_life)
+            self._say("rollback", f"other classes are seen: {reason}")
 
     def _teach(self, pupil: _Pupil, features: Array, wanted: Array) -> None:
         pupil.waiting.append((features, wanted))
@@ -341,13 +357,15 @@ class Learner:
         return all(ours is theirs for ours, theirs in zip(self.in_use.heads, self.factory.ruling.heads))
 
     def _use(self, ruling: Ruling) -> None:
-        self.in_use = ruling
+        self.in_use, self._rare = ruling, None
+        if ruling.rare is not None and ruling.expected is not None and ruling.rare.any():
+            self._rare = Bet(float(ruling.expected[ruling.rare].sum()), above=True, watch=True)
         self._alarm = self._new_alarm()
         for counts in self.agreement.values():
             counts[:] = 0, 0
 
     def _new_alarm(self) -> Bet:
-        return Bet(self.factory.limit, low=0.0 if self.factory.is_proven else -1.0, above=True)
+        return Bet(self.factory.limit, low=0.0 if self.factory.is_proven else -1.0, above=True, watch=True)
 
     def _say(self, what: str, reason: str, *exits: str) -> None:
         for name in exits or ("",):

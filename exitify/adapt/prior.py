@@ -41,6 +41,11 @@ def expected_shares(shares: Shares, left: float) -> Shares:
     return (1.0 - left) * shares + left / len(shares)
 
 
+def seen_shares(expected: Shares, left: float) -> Shares:
+    """The shares seen, from what was expected with this much left, below 1."""
+    return (expected - left / len(expected)) / (1.0 - left)
+
+
 def shift_of(expected: Shares) -> NDArray[np.float32]:
     """What is added to logits at their temperature, `(classes,)`."""
     return np.log(expected * len(expected)).astype(np.float32)

@@ -40,12 +40,15 @@ class Ruling:
     """Heads and when they answer.
 
     heads: One an exit of the plan. thresholds: `(K,)`, `NEVER` for exits that are off. left: What was left for rare classes; 1 is the
-    factory's.
+    factory's. rare: Classes that were rare when it was found; expected: What was then believed of the next answer, `(classes,)`; none where
+    nothing was.
     """
 
     heads: Heads
     thresholds: NDArray[np.float64]
     left: float = 1.0
+    rare: NDArray[np.bool_] | None = None
+    expected: Shares | None = None
 
     def differs(self, factory: Factory, rows: Rows) -> NDArray[np.float64]:
         """1 where the answer is other than the network's own, for each row, else 0."""
@@ -141,8 +144,8 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
 
     On the audits: as few answers may differ from the network's that they are likely to be at most `aim` times a promised rate;
     without one, as few as with the factory's heads and thresholds, and hardly more within the estimate's error. On the memory: classes
-    that are rarely seen are as often right but for `rare_drop`. Without a memory that is not known, and half of what was seen is
-    believed.
+    that are rarely seen, and those that are not, are as often right but for `rare_drop`. Without a memory that is not known, and half
+    of what was seen is believed.
 
     Args:
         learnt: Without any shift. in_use: To be cheaper than. shares: Of the classes, as seen. rows: Audited.
@@ -155,7 +158,8 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
     forgotten = remembered.forgotten(learnt, guards.forgetting) if remembered else ()
     best = Proposal(in_use, None, cost_now, cost_now, differs_now, differs_now, 0.0, forgotten)
     for left in guards.left_for_rare if remembered else (0.5,):
-        shift = shift_of(expected_shares(shares, left))
+        expected = expected_shares(shares, left)
+        shift = shift_of(expected)
         heads = factory.shifted(learnt, shift)
         outputs = factory.outputs(heads, rows)
         search, other = factory.searchable(outputs, disagreement_of(outputs)), disagreement_of(outputs, smooth=False)
@@ -166,9 +170,11 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
             cost, differs = float(search.cost(thresholds)[leaves].mean()), other[leaves, everyone]
             if cost >= best.cost or cost > WORTHWHILE * cost_now or not _keeps(factory, differs, differed, aim):
                 continue
-            drop = remembered.drop(heads, thresholds, rare) if remembered else 0.0
-            if drop <= guards.rare_drop:
-                best = Proposal(in_use, Ruling(heads, thresholds, left), cost, cost_now, float(differs.mean()), differs_now, drop, forgotten)
+            drop, drop_seen = (remembered.drop(heads, thresholds, classes) for classes in (rare, ~rare)) if remembered else (0.0, 0.0)
+            if max(drop, drop_seen) <= guards.rare_drop:
+                best = Proposal(
+                    in_use, Ruling(heads, thresholds, left, rare, expected), cost, cost_now, float(differs.mean()), differs_now, drop, forgotten
+                )
     return best
 
 
@@ -199,12 +205,12 @@ class _Remembered:
         loss = np.concatenate([search.loss, ours.loss * (care / 1e-3)], axis=1)
         return Recorded(confidence, loss, search.reach_cost, search.try_cost, np.concatenate([np.ones(audited), little]))
 
-    def drop(self, heads: Heads, thresholds: NDArray[np.float64], rare: NDArray[np.bool_]) -> float:
-        """By how much answers to rare classes are right less often than the factory's."""
-        of_rare = rare[self.labels]
-        if not of_rare.any():
+    def drop(self, heads: Heads, thresholds: NDArray[np.float64], classes: NDArray[np.bool_]) -> float:
+        """By how much answers to these classes are right less often than the factory's."""
+        theirs = classes[self.labels]
+        if not theirs.any():
             return 0.0
-        return float((self.right[of_rare].astype(float) - self._right(heads, thresholds)[of_rare]).mean())
+        return float((self.right[theirs].astype(float) - self._right(heads, thresholds)[theirs]).mean())
 
     def forgotten(self, learnt: Heads, limit: float) -> tuple[str, ...]:
         """Exits whose heads alone are right less often than the factory's, by more than the limit."""

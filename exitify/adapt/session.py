@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from exitify.adapt.learner import Happening, Learner, Stage
+from exitify.adapt.prior import rare_classes, seen_shares
 from exitify.adapt.review import Proposal, Ruling
 from exitify.adapt.settings import Learning
 from exitify.adapt.state import FACTORY, Snapshot, State, classifier_of
@@ -194,8 +195,10 @@ class LearningSession(Session):
 
     def _keep(self, reason: str) -> None:
         learner = self.learner
+        ruling = learner.in_use
+        expected = () if ruling.expected is None else tuple(map(float, ruling.expected))
         self.state = self.state.keep(
-            learner.tensors, learner.updates, reason, profile=self._judge, settings=learner.settings, left=learner.in_use.left
+            learner.tensors, learner.updates, reason, profile=self._judge, settings=learner.settings, left=ruling.left, expected=expected
         )
 
     def _remember_learnt(self) -> None:
@@ -218,7 +221,11 @@ class LearningSession(Session):
         if not snapshot.settings:
             return replace(self.learner.factory.ruling, heads=heads)
         settings = [snapshot.settings[point.name] for point in points]
-        return Ruling(heads, np.array([one.threshold if one.enabled else NEVER for one in settings]), snapshot.left)
+        thresholds = np.array([one.threshold if one.enabled else NEVER for one in settings])
+        if not snapshot.expected or snapshot.left == 1:
+            return Ruling(heads, thresholds, snapshot.left)
+        expected = np.array(snapshot.expected)
+        return Ruling(heads, thresholds, snapshot.left, rare_classes(seen_shares(expected, snapshot.left)), expected)
 
     def _note(self, what: Happening) -> None:
         state = replace(self.state, record=replace(self.state.record, updates=self.learner.updates, answers=self.learner.answers))

@@ -16,7 +16,7 @@ class Guards:
     gate: Nothing is learnt from an answer whose probability is less than this.
     most_drift: How far a head may move from the artifact's own, over that one's size.
     left_for_rare: What is left for all classes alike whatever was seen, in [0, 1]; each of these is tried.
-    rare_drop: On the artifact's memory, by how much answers may be right less often for classes that are rarely seen.
+    rare_drop: On the artifact's memory, by how much answers may be right less often for classes that are rarely seen, or for the others.
     forgetting: On the artifact's memory, by how much a head that learns may be right less often, before it goes back.
     audit: Share of inputs that go on to the network's end to see what it says. audit_first: At answer n it is at least this over n.
     audit_trial: The share while new heads are on trial.
@@ -25,8 +25,8 @@ class Guards:
     trust_factory: Whether a promised rate is taken to hold for what this device sees. If not, no exit is taken until one is proven here, and
         until then all inputs are audited.
     aim: New thresholds are likely to have at most this share of the disagreement that a `risk` profile allows, so that it can be proven.
-    trial_error, alarm_error: The chance to take new heads into use that break the promise, all trials together; and to stop ones
-        that keep it.
+    trial_error: The chance to take new heads into use that break the promise, all trials together.
+    alarm_error: Of a false alarm, for each audited input, where the promise is only just kept.
     """
 
     gate: float = 0.5
@@ -42,7 +42,7 @@ class Guards:
     trust_factory: bool = True
     aim: float = 0.6
     trial_error: float = 0.02
-    alarm_error: float = 0.01
+    alarm_error: float = 0.001
 
     def __post_init__(self) -> None:
         shares = {

@@ -48,6 +48,7 @@ class Snapshot:
 
     number: From 1, never used again. updates: Made until then. reason: Why it was taken. seconds: Since 1970. profile: Its name, empty
     where there are no settings. settings: By exit. left: What was left for classes that are rarely seen, 1 where nothing was believed.
+    expected: What was believed of the next answer, `(classes,)`; empty where nothing was.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Snapshot:
     profile: str = ""
     settings: Mapping[str, ExitSetting] = field(default_factory=dict)
     left: float = 1.0
+    expected: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,19 +163,20 @@ class State:
         profile: str = "",
         settings: Mapping[str, ExitSetting] | None = None,
         left: float = 1.0,
+        expected: Sequence[float] = (),
     ) -> State:
         """These classifiers as a snapshot, in use from now on.
 
         Args:
             tensors: By name; those left out are as in the snapshot in use. updates: Made since the state was fresh.
-            profile, settings, left: How exits decide with them, as a `Snapshot` has it.
+            profile, settings, left, expected: How exits decide with them and what they believe, as a `Snapshot` has it.
 
         Raises:
             StateError: they are no classifiers of this artifact, or not finite.
         """
         held = self._checked({**self.current(), **tensors})
         number = self.record.next
-        snapshot = Snapshot(number, updates, reason, time.time(), profile, settings or {}, left)
+        snapshot = Snapshot(number, updates, reason, time.time(), profile, settings or {}, left, tuple(map(float, expected)))
         kept = (*self.record.snapshots, snapshot)[-KEPT:]
         numbers = {one.number for one in kept}
         arrays = {n: held for n, held in {**self.tensors, number: held}.items() if n in numbers}
@@ -313,6 +316,8 @@ def _check_settings(snapshot: Snapshot, artifact: Artifact, place: Path) -> None
     exits = {point.name for point in artifact.plan.exits}
     if bool(snapshot.profile) != bool(snapshot.settings) or (snapshot.settings and set(snapshot.settings) != exits):
         raise StateError(f"{place} contradicts itself: snapshot {snapshot.number} does not say how each exit decides", _AGAIN)
+    if len(snapshot.expected) not in (0, artifact.plan.classes) or not all(0 < share <= 1 for share in (snapshot.left, *snapshot.expected)):
+        raise StateError(f"{place} holds in snapshot {snapshot.number} shares of classes that are none", _AGAIN)
     if not all(LEAST_TEMPERATURE <= setting.temperature <= MOST_TEMPERATURE for setting in snapshot.settings.values()):
         raise StateError(f"{place} holds in snapshot {snapshot.number} a temperature that there cannot be", _AGAIN)
 

@@ -52,3 +52,27 @@ def test_a_limit_of_everything_or_nothing_is_never_refuted() -> None:
     for bet, number in ((Bet(1.0), 0.0), (Bet(0.0, above=True), 1.0)):
         bet.add(number)
         assert bet.evidence == pytest.approx(1.0)
+
+
+def test_a_watch_sees_a_change_after_a_long_calm_and_seldom_one_that_is_none() -> None:
+    random = np.random.default_rng(2)
+    calm = random.random(5000) < 0.005
+    watch, plain = Bet(0.02, above=True, watch=True), Bet(0.02, above=True)
+    assert evidence_over(calm, watch).max() < 1000
+    evidence_over(calm, plain)
+    after = random.random(2000) < 0.06
+    assert 0 < np.argmax(evidence_over(after, watch) >= 1000) < 800
+    assert evidence_over(after[:800], plain).max() < 1000, "the money of the calm is lost"
+
+
+def test_a_watch_that_is_only_just_calm_raises_no_more_alarms_than_it_says() -> None:
+    random, needed = np.random.default_rng(3), 100.0
+    alarms, samples = 0, 0
+    for _ in range(60):
+        watch = Bet(0.05, above=True, watch=True)
+        for number in random.random(1000) < 0.05:
+            watch.add(float(number))
+            samples += 1
+            if watch.evidence >= needed:
+                alarms, watch = alarms + 1, Bet(0.05, above=True, watch=True)
+    assert alarms <= samples / needed

@@ -389,3 +389,31 @@ def test_where_the_factory_is_not_trusted_no_exit_is_taken_before_one_is_proven_
         assert judged(seen.learner.factory, ruling, population(), few).differs <= 0.05
     seen.learner.roll_back("asked for")
     assert (seen.learner.in_use.thresholds == NEVER).all()
+
+
+def test_when_other_classes_come_it_goes_back_at_once_and_learns_them() -> None:
+    seen = device(Learning(guards=QUICK))
+    seen.see(stream(900, FEW))
+    assert what_happened(seen)[-1] == "in use"
+    rare = seen.learner.in_use.rare
+    assert rare is not None
+    assert set(np.flatnonzero(~rare)) == set(FEW)
+    others = tuple(label for label in range(10) if label not in FEW)
+    before = seen.learner.answers
+    while what_happened(seen)[-1] != "rollback":
+        seen.see(stream(1, others, seed=seen.learner.answers))
+        assert seen.learner.answers < before + 150
+    assert seen.learner.in_use is seen.learner.factory.ruling
+    assert seen.happened[-1][1].reason.startswith("other classes are seen: ")
+    assert seen.learner.stage == "learning"
+    seen.see(stream(900, others))
+    assert seen.learner.seen.shares[list(FEW)].sum() < 0.1, "what was seen before does not count any more"
+
+
+def test_classes_that_were_expected_change_nothing() -> None:
+    seen = device(Learning(guards=QUICK))
+    seen.see(stream(900, FEW))
+    versions = len(seen.versions)
+    seen.learner._next_review = 10**9
+    seen.see(stream(1500, FEW, seed=3))
+    assert len(seen.versions) == versions

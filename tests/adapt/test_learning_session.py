@@ -112,6 +112,8 @@ def test_a_state_that_was_saved_goes_on_as_if_nothing_had_happened(tmp_path: Pat
     assert answers(again) == answers(made)
     assert again.learner.updates == made.learner.updates
     assert np.array_equal(again.learner.seen.counts, made.learner.seen.counts)
+    assert again.learner.in_use.rare is not None
+    assert np.array_equal(again.learner.in_use.rare, made.learner.in_use.rare)
     for ours, theirs in zip(again.learner.learnt, made.learner.learnt):
         assert np.array_equal(ours.weight, theirs.weight)
     assert again.learner.settings == made.learner.settings

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exitify.adapt.prior import SeenClasses, expected_shares, rare_classes, shift_of
+from exitify.adapt.prior import SeenClasses, expected_shares, rare_classes, seen_shares, shift_of
 from exitify.adapt.update import softmax
 
 
@@ -19,6 +19,8 @@ def test_shifted_logits_are_bayes_rule(classes: int, seed: int, left: float) -> 
     alike = np.exp(logits) / np.exp(logits).sum()
     np.testing.assert_allclose(softmax(logits + shift_of(expected)), alike * expected / (alike * expected).sum(), rtol=1e-4, atol=1e-7)
     assert expected.sum() == pytest.approx(1.0)
+    if left < 0.99:
+        np.testing.assert_allclose(seen_shares(expected, left), shares, atol=1e-9)
     assert expected.min() >= left / classes - 1e-12
 
 

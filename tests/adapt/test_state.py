@@ -40,8 +40,11 @@ def moved(artifact: Artifact, by: float) -> dict[str, np.ndarray]:
 def learnt(artifact: Artifact, snapshots: int = 2) -> State:
     state = State.fresh(artifact)
     for i in range(snapshots):
+        expected = [1.0 / artifact.plan.classes] * artifact.plan.classes
         settings = {point.name: ExitSetting(True, 0.5 + 0.1 * i, 2.0) for point in artifact.plan.exits}
-        state = state.keep(moved(artifact, 0.01 * (i + 1)), 100 * (i + 1), f"reason {i}", profile="default", settings=settings, left=0.3)
+        state = state.keep(
+            moved(artifact, 0.01 * (i + 1)), 100 * (i + 1), f"reason {i}", profile="default", settings=settings, left=0.3, expected=expected
+        )
         state = state.note("learning", f"event {i}", "exit1")
     seen = tuple(1.5 * i for i in range(artifact.plan.classes))
     return state.with_learnt(moved(artifact, 0.5), 100 * snapshots, answers=1000, trials=3, stopped=True, seen=seen)
@@ -192,6 +195,12 @@ CASES: dict[str, tuple[Callable[[Artifact], Callable[[dict[str, Any], dict[str, 
         lambda a: lambda d, f: d["snapshots"][0]["settings"]["exit1"].update(temperature=0.0),
         "holds in snapshot 1 a temperature that there cannot be",
     ),
+    "shares of other classes": (lambda a: lambda d, f: d["snapshots"][0].update(expected=[0.5]), "shares of classes that are none"),
+    "shares that are none": (
+        lambda a: lambda d, f: d["snapshots"][0].update(expected=[0.0] * a.plan.classes),
+        "holds in snapshot 1 shares of classes that are none",
+    ),
+    "more left than there is": (lambda a: lambda d, f: d["snapshots"][0].update(left=1.5), "shares of classes that are none"),
     "heads that learn of other shapes": (
         lambda a: lambda d, f: f.update({LEARNT: write_tensors({name: array[:1] for name, array in a.classifiers().items()})}),
         "holds in the heads that learn other tensors than the artifact's classifiers",
