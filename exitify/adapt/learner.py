@@ -270,7 +270,10 @@ class Learner:
         pupil.waiting.append((features, wanted))
         if len(pupil.waiting) < self.how.batch:
             return
-        z, targets = (np.array(column) for column in zip(*pupil.waiting))
+        if self.how.batch == 1:
+            z, targets = features[None], wanted[None]
+        else:
+            z, targets = (np.array(column) for column in zip(*pupil.waiting))
         pupil.waiting.clear()
         logits = z @ pupil.head.weight.T + pupil.head.bias
         if self.guards is not None:

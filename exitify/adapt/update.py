@@ -72,8 +72,10 @@ def targets_of(logits: NDArray[Any], kind: Literal["hard", "soft"], temperature:
 
 def softmax(logits: NDArray[Any]) -> Array:
     """Probabilities of the last axis."""
-    powers = np.exp(np.asarray(logits, np.float64) - np.max(logits, axis=-1, keepdims=True))
-    return (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
+    powers = np.subtract(logits, np.maximum.reduce(logits, axis=-1, keepdims=True), dtype=np.float32)
+    np.exp(powers, out=powers)
+    powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+    return powers
 
 
 def step(
@@ -85,13 +87,14 @@ def step(
         features: What it read, `(N, width)`. logits: What it said, `(N, classes)`. targets: What it should have, rows that sum to 1.
         velocity: From the step before; none for the first.
     """
-    error = ((softmax(logits) - targets) / np.float32(len(features))).astype(np.float32)
+    error = softmax(logits)
+    error -= targets
+    if len(features) > 1:
+        error /= np.float32(len(features))
     if not sgd.momentum:
-        weight, bias = classifier.weight, classifier.bias
-        if sgd.parts != "bias":
-            weight = _less(weight, error * np.float32(sgd.learning_rate), features)
-        if sgd.parts != "weight":
-            bias = bias - np.float32(sgd.learning_rate) * error.sum(axis=0)
+        error *= np.float32(sgd.learning_rate)
+        weight = classifier.weight if sgd.parts == "bias" else _less(classifier.weight, error, features)
+        bias = classifier.bias if sgd.parts == "weight" else classifier.bias - np.add.reduce(error, axis=0)
         return Classifier(weight, bias), None
     before = velocity or Velocity(np.zeros_like(classifier.weight), np.zeros_like(classifier.bias))
     pushed = Velocity(np.float32(sgd.momentum) * before.weight + error.T @ features, np.float32(sgd.momentum) * before.bias + error.sum(axis=0))
@@ -104,6 +107,9 @@ def step(
 def _less(weight: Array, error: Array, features: Array) -> Array:
     """`weight - error^T features`, some rows after the others."""
     result = aligned(weight.shape, weight.dtype.name)  # so that engines take it as it is
+    if len(weight) <= _ROWS and len(features) == 1:
+        np.multiply(error[0, :, None], features, out=result)
+        return np.subtract(weight, result, out=result)
     product = np.empty((min(_ROWS, len(weight)), weight.shape[1]), np.float32)
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, min(start + _ROWS, len(weight)))
