@@ -91,6 +91,7 @@ class Device:
     """A learner over recorded images. differed: Answers other than the network's. versions: What was in use, from which answer on."""
 
     def __init__(self, population: Population, artifact: Artifact, how: Learning, *, seed: int = 0) -> None:
+        self.artifact = artifact
         self.happened: list[tuple[int, Happening]] = []
         self.learner = Learner(artifact, "default", how, seed=seed, happened=lambda what: self.happened.append((self.learner.answers, what)))
         self.differed = self.audited = 0

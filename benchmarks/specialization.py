@@ -3,17 +3,19 @@
     python -m benchmarks.specialization few r56.exitify --figure docs/figures/specialization.png
     python -m benchmarks.specialization stationary r56.exitify
     python -m benchmarks.specialization poison r56.exitify
+    python -m benchmarks.specialization latency r56.exitify --engine tvm
     python -m benchmarks.specialization cost r56.exitify
 
 `few`: devices that see three of ten classes, five triples, several splits of the test images into 2,500 to calibrate on, 1,000 to stream and
 1,500 to judge. `stationary`: 100,000 answers to all classes. `poison`: streams that teach nonsense, with guard rails and without.
-`cost`: an update's time, beside a forward pass.
+`latency`: the same devices' answers on an engine, before and after in turn, one thread. `cost`: an update's time, beside a forward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,25 +33,27 @@ from exitify.adapt.update import Classifier, Sgd, step, targets_of
 from exitify.artifact.artifact import Artifact
 from exitify.calibration.calibrate import Outputs, Settings, settle_max_drop, settle_risk
 from exitify.calibration.thresholds import NEVER
+from exitify.data import load_samples
 from exitify.runtime.session import Session
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("few", "stationary", "poison", "cost"))
+    parser.add_argument("what", choices=("few", "stationary", "poison", "latency", "cost"))
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--splits", type=int, default=4)
     parser.add_argument("--answers", type=int, default=15_000, help="a device gives in `few`")
     parser.add_argument("--updates", type=int, default=100_000, help="of all heads together in `stationary`")
     parser.add_argument("--risk", action="store_true", help="calibrate for a rate of 2 % at 95 % in place of a drop of half a point")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--engine", default="onnxruntime", help="that `latency` measures")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.what == "cost":
         cost(options.artifact)
         return
     population = Population.record(options.artifact)
-    {"few": few, "stationary": stationary, "poison": poison}[options.what](population, options)
+    {"few": few, "stationary": stationary, "poison": poison, "latency": latency}[options.what](population, options)
 
 
 def settle(population: Population, options: argparse.Namespace, seed: int) -> Callable[[Outputs], Settings]:
@@ -90,10 +94,6 @@ def few(population: Population, options: argparse.Namespace) -> None:
     error = every.std(axis=0) / np.sqrt(len(every))
     print(f"over {len(lives)} devices: right, seen {every[:, 0].mean() * 100:+.2f} ± {error[0] * 100:.2f} points; cost {every[:, 1].mean():+.1%} ± "
           f"{error[1]:.1%}; right, others {every[:, 2].mean() * 100:+.2f} ± {error[2] * 100:.2f} points")  # fmt: skip
-    equal = [_at_equal_accuracy(life) for life in lives]
-    print(f"cost at the accuracy of before, on the curves of the figure: {np.mean(equal):+.1%} ± {np.std(equal) / np.sqrt(len(equal)):.1%}")
-    for number, triple in enumerate(TRIPLES):
-        print(f"  {' '.join(names[label] for label in triple)}: {np.mean([e for e, life in zip(equal, lives) if life.triple == number]):+.1%}")
     print(f"others at full depth unchanged: {all(life.same_at_full_depth for life in lives)}; largest drift of a head that learns "
           f"{max(life.drift for life in lives):.1%}")  # fmt: skip
     if options.figure:
@@ -102,14 +102,8 @@ def few(population: Population, options: argparse.Namespace) -> None:
 
 def _lives(population: Population, options: argparse.Namespace) -> Iterator[Life]:
     for split in range(options.splits):
-        order = np.random.default_rng(100 + split).permutation(len(population.labels))
-        calibrate, stream, judge = np.split(order, [2500, 3500])
-        artifact = population.calibrated(calibrate, settle(population, options, split))
-        for number, triple in enumerate(TRIPLES):
-            mine, theirs = np.isin(population.labels[stream], triple), np.isin(population.labels[judge], triple)
-            device = Device(population, artifact, Learning(Sgd(options.learning_rate)), seed=split)
-            random = np.random.default_rng((split, number))
-            device.see(np.concatenate([random.permutation(stream[mine]) for _ in range(options.answers // int(mine.sum()))]))
+        for number, (device, judge) in enumerate(_devices(population, options, split)):
+            theirs = np.isin(population.labels[judge], TRIPLES[number])
             factory, after = device.learner.factory, device.learner.in_use
             curves = [_curve(factory, ruling, population, rows) for rows in (judge[theirs], judge[~theirs]) for ruling in (factory.ruling, after)]
             parts = [
@@ -123,6 +117,49 @@ def _lives(population: Population, options: argparse.Namespace) -> Iterator[Life
             yield Life(number, *parts, tuple(curves), device.audited / device.learner.answers, drift, whole[0].accuracy == whole[1].accuracy)  # type: ignore[arg-type]
 
 
+def latency(population: Population, options: argparse.Namespace) -> None:
+    """Milliseconds of answers to the classes seen, before and after, image by image in turn."""
+    data = Path(os.environ.get("EXITIFY_DATA", "../shared/data")) / "cifar10.npz"
+    samples = load_samples(f"{data}#test", population.artifact.manifest.input, classes=10)
+    changes = []
+    for split in range(options.splits):
+        for number, (device, rows) in enumerate(_devices(population, options, split)):
+            sessions = [Session(device.artifact, engine=options.engine, profile=one) for one in ("default", "default", "none")]
+            sessions[1].change_exits(device.learner.tensors, device.learner.settings)
+            mine = rows[np.isin(population.labels[rows], TRIPLES[number])]
+            inputs = samples.inputs(mine)
+            times, right = np.zeros((3, 5, len(mine))), np.zeros((3, len(mine)))
+            for turn in range(-1, 5):
+                for i, x in enumerate(inputs):
+                    for k in np.roll(range(3), i):
+                        answer = sessions[k].run(x)
+                        right[k, i] = answer.label == population.labels[mine[i]]
+                        if turn >= 0:
+                            times[k, turn, i] = answer.ms
+            before, after, whole = np.median(times, axis=1).mean(axis=1)
+            changes.append((after / before - 1, right[1].mean() - right[0].mean(), before / whole, after / whole))
+            print(f"split {split} {TRIPLES[number]}: {whole:.3f} ms whole, {before:.3f} before, {after:.3f} after ({after / before - 1:+.1%}), right "
+                  f"{right[0].mean():.2%} and {right[1].mean():.2%}", flush=True)  # fmt: skip
+    found, error = np.mean(changes, axis=0), np.std(changes, axis=0) / np.sqrt(len(changes))
+    print(
+        f"{sessions[0].engine.full_name}: mean latency {found[0]:+.1%} ± {error[0]:.1%}, right {found[1] * 100:+.2f} ± {error[1] * 100:.2f} points; "
+        f"of the whole network's {found[2]:.3f} before, {found[3]:.3f} after"
+    )
+
+
+def _devices(population: Population, options: argparse.Namespace, split: int) -> Iterator[tuple[Device, NDArray[np.integer]]]:
+    """A device for each triple that has seen its stream, and the rows to judge on."""
+    order = np.random.default_rng(100 + split).permutation(len(population.labels))
+    calibrate, stream, judge = np.split(order, [2500, 3500])
+    artifact = population.calibrated(calibrate, settle(population, options, split))
+    for number, triple in enumerate(TRIPLES):
+        mine = np.isin(population.labels[stream], triple)
+        device = Device(population, artifact, Learning(Sgd(options.learning_rate)), seed=split)
+        random = np.random.default_rng((split, number))
+        device.see(np.concatenate([random.permutation(stream[mine]) for _ in range(options.answers // int(mine.sum()))]))
+        yield device, judge
+
+
 def _curve(factory: Factory, ruling: Ruling, population: Population, rows: NDArray[np.integer]) -> NDArray[np.float64]:
     """Accuracy and cost as thresholds become stricter or laxer together, as in the paper's figure 4; `(points, 2)`."""
     found = []
@@ -131,13 +168,6 @@ def _curve(factory: Factory, ruling: Ruling, population: Population, rows: NDArr
         one = judged(factory, replace(ruling, thresholds=thresholds), population, rows)
         found.append((one.accuracy, one.cost))
     return np.array(found)
-
-
-def _at_equal_accuracy(life: Life) -> float:
-    """The least cost after, over that before, among settings as accurate on the classes seen as the profile was before."""
-    before = life.few[0]
-    enough = life.curves[1][life.curves[1][:, 0] >= before.accuracy - 1e-9]
-    return float(enough[:, 1].min() / before.cost - 1) if len(enough) else float(life.few[1].cost / before.cost - 1)
 
 
 def draw(lives: list[Life], names: list[str], path: Path) -> None:
