@@ -18,7 +18,7 @@ from exitify.adapt.learner import Happening, Learner, review_now
 from exitify.adapt.review import Factory, Ruling
 from exitify.adapt.settings import Learning
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import Profile
+from exitify.artifact.manifest import Profile, SegmentTimes
 from exitify.artifact.memory import remember
 from exitify.calibration.calibrate import Outputs, Settings, exit_settings
 from exitify.calibration.thresholds import NEVER, exits_taken
@@ -90,10 +90,12 @@ def judged(factory: Factory, ruling: Ruling, population: Population, rows: NDArr
 class Device:
     """A learner over recorded images. differed: Answers other than the network's. versions: What was in use, from which answer on."""
 
-    def __init__(self, population: Population, artifact: Artifact, how: Learning, *, seed: int = 0) -> None:
+    def __init__(self, population: Population, artifact: Artifact, how: Learning, *, times: SegmentTimes | None = None, seed: int = 0) -> None:
         self.artifact = artifact
         self.happened: list[tuple[int, Happening]] = []
-        self.learner = Learner(artifact, "default", how, seed=seed, happened=lambda what: self.happened.append((self.learner.answers, what)))
+        self.learner = Learner(
+            artifact, "default", how, times=times, seed=seed, happened=lambda what: self.happened.append((self.learner.answers, what))
+        )
         self.differed = self.audited = 0
         self.versions: list[tuple[int, Ruling]] = [(0, self.learner.in_use)]
         self.names, self.features, self.final = list(population.features), list(population.features.values()), population.logits[-1]

@@ -31,7 +31,9 @@ from exitify.adapt.session import LearningSession
 from exitify.adapt.settings import Guards, Learning
 from exitify.adapt.update import Classifier, Sgd, step, targets_of
 from exitify.artifact.artifact import Artifact
+from exitify.artifact.manifest import SegmentTimes
 from exitify.calibration.calibrate import Outputs, Settings, settle_max_drop, settle_risk
+from exitify.calibration.segment_times import measure_segments
 from exitify.calibration.thresholds import NEVER
 from exitify.data import load_samples
 from exitify.runtime.session import Session
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--risk", action="store_true", help="calibrate for a rate of 2 % at 95 % in place of a drop of half a point")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--engine", default="onnxruntime", help="that `latency` measures")
+    parser.add_argument("--times", action="store_true", help="measure segments first, for devices that save time and not multiply-adds")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.what == "cost":
@@ -121,9 +124,10 @@ def latency(population: Population, options: argparse.Namespace) -> None:
     """Milliseconds of answers to the classes seen, before and after, image by image in turn."""
     data = Path(os.environ.get("EXITIFY_DATA", "../shared/data")) / "cifar10.npz"
     samples = load_samples(f"{data}#test", population.artifact.manifest.input, classes=10)
+    times = measure_segments(population.artifact, engine=options.engine) if options.times else None
     changes = []
     for split in range(options.splits):
-        for number, (device, rows) in enumerate(_devices(population, options, split)):
+        for number, (device, rows) in enumerate(_devices(population, options, split, times)):
             sessions = [Session(device.artifact, engine=options.engine, profile=one) for one in ("default", "default", "none")]
             sessions[1].change_exits(device.learner.tensors, device.learner.settings)
             mine = rows[np.isin(population.labels[rows], TRIPLES[number])]
@@ -147,14 +151,16 @@ def latency(population: Population, options: argparse.Namespace) -> None:
     )
 
 
-def _devices(population: Population, options: argparse.Namespace, split: int) -> Iterator[tuple[Device, NDArray[np.integer]]]:
+def _devices(
+    population: Population, options: argparse.Namespace, split: int, times: SegmentTimes | None = None
+) -> Iterator[tuple[Device, NDArray[np.integer]]]:
     """A device for each triple that has seen its stream, and the rows to judge on."""
     order = np.random.default_rng(100 + split).permutation(len(population.labels))
     calibrate, stream, judge = np.split(order, [2500, 3500])
     artifact = population.calibrated(calibrate, settle(population, options, split))
     for number, triple in enumerate(TRIPLES):
         mine = np.isin(population.labels[stream], triple)
-        device = Device(population, artifact, Learning(Sgd(options.learning_rate)), seed=split)
+        device = Device(population, artifact, Learning(Sgd(options.learning_rate)), times=times, seed=split)
         random = np.random.default_rng((split, number))
         device.see(np.concatenate([random.permutation(stream[mine]) for _ in range(options.answers // int(mine.sum()))]))
         yield device, judge

@@ -22,7 +22,7 @@ from exitify.adapt.review import Factory, Heads, Proposal, Ruling, propose
 from exitify.adapt.settings import Guards, Learning
 from exitify.adapt.update import Classifier, Velocity, softmax, step, targets_of
 from exitify.artifact.artifact import NO_PROFILE, Artifact
-from exitify.artifact.manifest import ExitSetting
+from exitify.artifact.manifest import ExitSetting, SegmentTimes
 from exitify.calibration.thresholds import NEVER
 from exitify.errors import StateError
 from exitify.runtime.session import Trace
@@ -87,16 +87,26 @@ class Learner:
     """
 
     def __init__(
-        self, artifact: Artifact, profile: str, how: Learning | None = None, *, seed: int = 0, happened: Callable[[Happening], None] | None = None
+        self,
+        artifact: Artifact,
+        profile: str,
+        how: Learning | None = None,
+        *,
+        times: SegmentTimes | None = None,
+        seed: int = 0,
+        happened: Callable[[Happening], None] | None = None,
     ) -> None:
         """Begin with the artifact's own heads.
+
+        Args:
+            times: How long segments take here; without them, multiply-adds stand for time.
 
         Raises:
             UnknownProfile: there is none of that name. StateError: this profile's exits cannot learn.
         """
         if profile == NO_PROFILE or not artifact.plan.exits:
             raise StateError("nothing can be learnt without exits and a profile", "`exitify calibrate` makes one")
-        self.factory, self.how = Factory.of(artifact, profile), how or Learning()
+        self.factory, self.how = Factory.of(artifact, profile, times), how or Learning()
         if "1" in self.factory.profile.skip:
             raise StateError(
                 f"the profile {profile!r} leaves blocks out, and what it promises cannot be seen then", "learn with a profile that does not"

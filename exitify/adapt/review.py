@@ -12,10 +12,11 @@ from exitify.adapt.prior import Shares, expected_shares, rare_classes, shift_of
 from exitify.adapt.settings import Guards
 from exitify.adapt.update import Classifier
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import ExitSetting, Profile
+from exitify.artifact.manifest import ExitSetting, Profile, SegmentTimes
 from exitify.artifact.memory import Memory
 from exitify.calibration.bounds import upper_bound
 from exitify.calibration.calibrate import Outputs, disagreement_of, excess_error, exit_settings, recorded_outputs
+from exitify.calibration.segment_times import shares_of_time
 from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path
 from exitify.plan import Plan
 
@@ -67,10 +68,14 @@ class Factory:
     ruling: Ruling
     temperatures: NDArray[np.float64]
     memory: Memory | None
+    times: SegmentTimes | None = None
 
     @classmethod
-    def of(cls, artifact: Artifact, profile: str) -> Factory:
+    def of(cls, artifact: Artifact, profile: str, times: SegmentTimes | None = None) -> Factory:
         """The artifact's heads under one of its profiles.
+
+        Args:
+            times: How long segments take here; without them, multiply-adds stand for time.
 
         Raises:
             UnknownProfile: there is none of that name.
@@ -81,7 +86,7 @@ class Factory:
         settings = [found.exits[point.name] for point in points]
         thresholds = np.array([setting.threshold if setting.enabled else NEVER for setting in settings])
         temperatures = np.array([*(setting.temperature for setting in settings), found.final_temperature])
-        return cls(artifact.plan, found, Ruling(heads, thresholds), temperatures, None if "1" in found.skip else artifact.memory)
+        return cls(artifact.plan, found, Ruling(heads, thresholds), temperatures, None if "1" in found.skip else artifact.memory, times)
 
     @property
     def is_proven(self) -> bool:
@@ -108,7 +113,11 @@ class Factory:
 
     def searchable(self, outputs: Outputs, loss: NDArray[np.float64]) -> Recorded:
         """What thresholds are found on."""
-        return recorded_outputs(outputs, self.temperatures, self.plan, self.profile.policy, loss)
+        recorded = recorded_outputs(outputs, self.temperatures, self.plan, self.profile.policy, loss)
+        if self.times is None:
+            return recorded
+        reach, heads = shares_of_time(self.plan, self.times, outputs.mask)
+        return replace(recorded, reach_cost=reach, try_cost=heads)
 
     def settings(self, ruling: Ruling) -> dict[str, ExitSetting]:
         """A ruling's thresholds as a session takes them."""
@@ -144,8 +153,8 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
 
     On the audits: as few answers may differ from the network's that they are likely to be at most `aim` times a promised rate;
     without one, as few as with the factory's heads and thresholds, and hardly more within the estimate's error. On the memory: classes
-    that are rarely seen, and those that are not, are as often right but for `rare_drop`. Without a memory that is not known, and half
-    of what was seen is believed.
+    that are rarely seen are as often right but for `rare_drop`, and the others as `_Remembered.judge` says. Without a memory that is not
+    known, and half of what was seen is believed.
 
     Args:
         learnt: Without any shift. in_use: To be cheaper than. shares: Of the classes, as seen. rows: Audited.
@@ -170,8 +179,8 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
             cost, differs = float(search.cost(thresholds)[leaves].mean()), other[leaves, everyone]
             if cost >= best.cost or cost > WORTHWHILE * cost_now or not _keeps(factory, differs, differed, aim):
                 continue
-            drop, drop_seen = (remembered.drop(heads, thresholds, classes) for classes in (rare, ~rare)) if remembered else (0.0, 0.0)
-            if max(drop, drop_seen) <= guards.rare_drop:
+            drop, is_kept = remembered.judge(heads, thresholds, rare, guards.rare_drop) if remembered else (0.0, True)
+            if is_kept:
                 best = Proposal(
                     in_use, Ruling(heads, thresholds, left, rare, expected), cost, cost_now, float(differs.mean()), differs_now, drop, forgotten
                 )
@@ -181,8 +190,12 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
 def _keeps(factory: Factory, differs: NDArray[np.float64], differed: NDArray[np.float64], aim: float) -> bool:
     if factory.is_proven:
         return upper_bound(int(differs.sum()), len(differs), SURENESS) <= aim * factory.limit
-    more = differs - differed
-    return bool(more.mean() <= 0 and more.mean() + ERRORS * more.std() / np.sqrt(len(more)) <= factory.limit)
+    return _hardly_more(differs - differed, factory.limit)
+
+
+def _hardly_more(more: NDArray[np.float64], limit: float) -> bool:
+    """Whether a mean is seen to be 0 at most, and likely the limit."""
+    return bool(more.mean() <= 0 and more.mean() + ERRORS * more.std() / np.sqrt(len(more)) <= limit)
 
 
 class _Remembered:
@@ -205,12 +218,20 @@ class _Remembered:
         loss = np.concatenate([search.loss, ours.loss * (care / 1e-3)], axis=1)
         return Recorded(confidence, loss, search.reach_cost, search.try_cost, np.concatenate([np.ones(audited), little]))
 
-    def drop(self, heads: Heads, thresholds: NDArray[np.float64], classes: NDArray[np.bool_]) -> float:
-        """By how much answers to these classes are right less often than the factory's."""
-        theirs = classes[self.labels]
-        if not theirs.any():
-            return 0.0
-        return float((self.right[theirs].astype(float) - self._right(heads, thresholds)[theirs]).mean())
+    def judge(self, heads: Heads, thresholds: NDArray[np.float64], rare: NDArray[np.bool_], most: float) -> tuple[float, bool]:
+        """By how much answers to rare classes are right less often than the factory's; and whether these and the others are right often enough.
+
+        Rare classes may lose `most`. So may the others where a rate is promised; where accuracy is, they may lose nothing that is seen here,
+        and hardly more than promised within the estimate's error.
+        """
+        lost = self.right.astype(float) - self._right(heads, thresholds)
+        of_rare = rare[self.labels]
+        drop, others = float(lost[of_rare].mean()) if of_rare.any() else 0.0, lost[~of_rare]
+        if not len(others):
+            return drop, drop <= most
+        if self.factory.is_proven:
+            return drop, max(drop, float(others.mean())) <= most
+        return drop, drop <= most and _hardly_more(others, self.factory.limit)
 
     def forgotten(self, learnt: Heads, limit: float) -> tuple[str, ...]:
         """Exits whose heads alone are right less often than the factory's, by more than the limit."""

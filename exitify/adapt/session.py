@@ -22,6 +22,7 @@ from exitify.calibration.thresholds import NEVER
 from exitify.errors import StateError
 from exitify.runtime.engines.base import Array
 from exitify.runtime.session import Answer, Session, Trace
+from exitify.targets.board import conditions
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class LearningSession(Session):
     """Answers as `Session` does, from any number of threads, and lets the early exits learn from the deeper ones.
 
     `run` learns; `run_batch`, `record` and `trace` do not. Some inputs, drawn before they are seen, go on to the network's end
-    (`Guards.audit`), which takes their callers longer. All profiles share the heads; what is learnt is judged by one of them.
+    (`Guards.audit`), which takes their callers longer. All profiles share the heads; what is learnt is judged by one of them. Where the
+    artifact holds the times of its segments for this engine here (`exitify measure`), new thresholds save time; else multiply-adds.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class LearningSession(Session):
         self.state = State.fresh(artifact)
         self._judge = self.profile_name or "none"
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
-        self.learner = Learner(artifact, self._judge, how, seed=seed, happened=self._note)
+        here = (self.engine.full_name, threads, conditions())
+        times = next((one for one in artifact.times.values() if (one.engine, one.threads, one.conditions) == here), None)
+        self.learner = Learner(artifact, self._judge, how, times=times, seed=seed, happened=self._note)
         self._learning = threading.Lock()
         self._in_background = in_background
         if self.learner.first is not self.learner.factory.ruling:

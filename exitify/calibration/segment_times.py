@@ -99,6 +99,15 @@ def run_times(plan: Plan, times: SegmentTimes, enabled: Collection[str], mask: M
     return found
 
 
+def shares_of_time(plan: Plan, times: SegmentTimes, mask: Mask) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of the whole network's time: to reach what each exit reads, no head counted, `(K + 1,)`, and of each head, `(K,)`."""
+    found = run_times(plan, times, [point.name for point in plan.exits], mask)
+    names = {segment.outputs[0]: segment.name for segment in plan.segments if segment.kind == "head"}
+    heads = np.array([times.segments[names[point.logits]] for point in plan.exits])
+    reach = np.array([found[name] for name in plan.exit_names]) - np.append(np.cumsum(heads), heads.sum())
+    return reach / times.whole_ms, heads / times.whole_ms
+
+
 def mean_time(plan: Plan, times: SegmentTimes, enabled: Collection[str], mask: Mask, taken: NDArray[np.integer]) -> float:
     """Mean milliseconds of runs that ended at these exits. taken: Numbers of exits in the plan's order, the network's own last."""
     found = run_times(plan, times, enabled, mask)

@@ -383,3 +383,17 @@ def test_killed_while_it_learns_and_saves_the_state_always_loads(tmp_path: Path)
     again = session()
     again.restore(path)
     again.run(few(1)[0])
+
+
+def test_where_the_artifact_knows_how_long_segments_take_here_new_thresholds_save_time() -> None:
+    made = artifact()
+    times = exitify.measure_segments(made)
+    slow_heads = {name: 50 * times.whole_ms if made.plan.segment(name).kind == "head" else ms for name, ms in times.segments.items()}
+    here = made.with_times("here", replace(times, segments=slow_heads))
+    assert LearningSession(made, how=HOW).learner.factory.times is None
+    assert LearningSession(made.with_times("there", replace(times, threads=2)), how=HOW).learner.factory.times is None
+    learning = LearningSession(here, how=HOW, seed=0, in_background=False)
+    assert learning.learner.factory.times is not None
+    for x in few(700):
+        learning.run(x)
+    assert not any(setting.enabled for setting in learning.learner.settings.values()), "no head pays for itself, if each takes fifty networks' time"
