@@ -8,6 +8,7 @@ and what is in use is watched by the audits from then on. docs/specialization.md
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 from exitify.adapt.audits import Audits
 from exitify.adapt.betting import Bet
 from exitify.adapt.prior import SeenClasses, Shares, expected_shares, shift_of
-from exitify.adapt.review import Factory, Heads, Proposal, Ruling, propose
+from exitify.adapt.review import SURENESS, Factory, Heads, Proposal, Ruling, propose
 from exitify.adapt.settings import Guards, Learning
 from exitify.adapt.update import Classifier, Velocity, softmax, step, targets_of
 from exitify.artifact.artifact import NO_PROFILE, Artifact
 from exitify.artifact.manifest import ExitSetting, SegmentTimes
+from exitify.calibration.bounds import upper_bound
 from exitify.calibration.thresholds import NEVER
 from exitify.errors import StateError
 from exitify.runtime.session import Trace
@@ -30,6 +32,10 @@ from exitify.runtime.session import Trace
 Array = NDArray[np.float32]
 Stage = Literal["learning", "stopped"]
 
+MARGIN, LEAST_MARGIN = 1.5, 0.02
+"""Classes believed rare are other classes when they come this much oftener than expected: 1.5 times and 2 % of the answers more."""
+OF_EVERY_ANSWER = 0.01
+"""What of the audits' chance of a false alarm each answer has, which are many more."""
 DRIFT_EVERY = 64
 """Steps of a head between two looks at how far it has moved."""
 STRICTER = 0.5
@@ -119,6 +125,7 @@ class Learner:
         self.stage: Stage = "learning"
         self.answers = self.updates = self.learnt_from = self.trials = self.audited = self.differed = 0
         self.trial: Trial | None = None
+        self.epoch = 0
         self.seen = SeenClasses(artifact.plan.classes, self.how.half_life)
         self._names = [point.name for point in artifact.plan.exits]
         temperatures = self.factory.temperatures.astype(np.float32)
@@ -126,8 +133,8 @@ class Learner:
         self._final_temperature = float(temperatures[-1])
         self._random = np.random.default_rng(seed)
         self._happened = happened or (lambda _: None)
-        self._broken = self._forgot = self._begun = 0
-        self._aim = self.guards.aim if self.guards else 1.0
+        self.broken = self.forgot = self._begun = 0
+        self.aim = self.guards.aim if self.guards else 1.0
         self._next_review = self.guards.review_every if self.guards else 0
         self._shift = np.zeros(artifact.plan.classes, np.float32)
         self.audits = Audits(artifact.plan, self.guards.audits_kept if self.guards else 1)
@@ -160,7 +167,7 @@ class Learner:
         if not (self.in_use.thresholds < NEVER).any():
             return True  # it goes to the end anyway
         share = self.guards.audit_trial if self.trial else self.guards.audit
-        return self._random.random() < max(share, self.guards.audit_first / (self.answers - self._begun + 1))
+        return self._random.random() < max(share, self.guards.audit, self.guards.audit_first / (self.answers - self._begun + 1))
 
     def observe(self, trace: Trace, *, audited: bool) -> bool:
         """Learn from a run. Returns whether heads or thresholds in use have changed.
@@ -176,9 +183,9 @@ class Learner:
         if audited and trace.full is not None and self.guards is not None:
             self._audit(trace)
         label = int(target.argmax())
-        self._watch_classes(label)
         if self.guards is None or sure[label] >= self.guards.gate:
             self.seen.add(label)
+            self._watch_classes(label)
             if self.stage == "learning" and visits:
                 self.learnt_from += 1
                 wanted = targets_of(target, "hard") if self.how.targets == "hard" else sure
@@ -192,29 +199,32 @@ class Learner:
         """Whether it is time to look at what was learnt."""
         if self.guards is None or self.stage != "learning" or self.trial is not None or self.answers < self._next_review:
             return False
-        return len(self.audits) >= min(100, self.guards.audits_kept)
+        return len(self.audits) >= self._fewest_audits()
 
     def review(self) -> Callable[[], Proposal]:
         """Freeze what was learnt. What is returned looks for heads and thresholds; it takes long, and may be called in another thread."""
         assert self.guards is not None
-        self._next_review = self.answers + max(self.guards.review_every, self.answers // 2)  # what is long known changes slowly
+        known_for = self.answers - self._begun  # what is long known changes slowly
+        self._next_review = self.answers + max(self.guards.review_every, known_for // 2)
         shares: Shares = self.seen.shares
         self._shift = shift_of(expected_shares(shares, min(self.guards.left_for_rare)))
-        learnt, in_use, rows, guards, aim = self.learnt, self.in_use, self.audits.rows(), self.guards, self._aim
-        return lambda: propose(self.factory, learnt, in_use, shares, rows, guards, aim)
+        learnt, in_use, rows, guards, aim, epoch = self.learnt, self.in_use, self.audits.rows(), self.guards, self.aim, self.epoch
+        return lambda: replace(propose(self.factory, learnt, in_use, shares, rows, guards, aim), epoch=epoch)
 
     def consider(self, found: Proposal) -> bool:
         """What a review found: begin a trial, or take it into use where no rate was promised. Returns whether what is in use has changed."""
         assert self.guards is not None
+        if found.epoch != self.epoch:
+            return False  # of heads that are gone
         for name in found.forgotten:
             self._forget(self._pupils[name])
         if found.forgotten:
-            self._forgot += 1
+            self.forgot += 1
             reason = f"more than {self.guards.forgetting:.0%} of what the artifact remembers is answered wrongly by the head that learns"
             self._say("rollback", reason, *found.forgotten)
-            if self._forgot >= FORGIVEN:
+            if self.forgot >= FORGIVEN:
                 self.stage = "stopped"
-                self._say("updates off", f"what was learnt was forgotten {self._forgot} times")
+                self._say("updates off", f"what was learnt was forgotten {self.forgot} times")
             return False
         if found.ruling is None or self.stage != "learning" or self.trial is not None or found.in_use is not self.in_use:
             return False
@@ -237,6 +247,7 @@ class Learner:
         for pupil in self._pupils.values():
             self._forget(pupil)
         self.trial, self.updates = None, 0
+        self.epoch += 1
         self._use(ruling or self.first)
         self._say("rollback", reason)
 
@@ -250,17 +261,26 @@ class Learner:
         updates: int,
         trials: int,
         stage: Stage,
+        broken: int = 0,
+        forgot: int = 0,
+        aim: float | None = None,
     ) -> None:
-        """Go on where a state ended. What was audited is not in a state: the first inputs are audited again."""
+        """Go on where a state ended. What was audited, and a trial that was under way, are not in a state: the first inputs are audited again."""
         for name, head in learnt.items():
             self._forget(self._pupils[name])
             self._pupils[name].head = head
         self.seen = SeenClasses(len(self.seen.counts), self.how.half_life, counts)
         self.answers, self.updates, self.trials, self.stage, self.trial = answers, updates, trials, stage, None
+        self.broken, self.forgot, self.aim = broken, forgot, aim or self.aim
         self._begun = answers
+        self.epoch += 1
+        if self.guards is not None and counts.any():
+            self._shift = shift_of(expected_shares(self.seen.shares, min(self.guards.left_for_rare)))
         self._next_review = answers + (self.guards.review_every if self.guards else 0)
         self.audits.clear()
         self._use(in_use or self.first)
+        if in_use is not None and self._is_factory():
+            self.first = self.in_use
 
     def _watch_classes(self, label: int) -> None:
         """Whether classes come that were rare when what is in use was found: of every answer, so that it is soon seen."""
@@ -268,10 +288,12 @@ class Learner:
         if self.guards is None or self._rare is None or rare is None:
             return
         self._rare.add(float(rare[label]))
-        if self._rare.evidence >= 1.0 / self.guards.alarm_error:
+        if self._rare.evidence >= 1.0 / (self.guards.alarm_error * OF_EVERY_ANSWER):
             reason = f"{self._rare.mean:.1%} of {self._rare.samples} answers are classes of which {self._rare.limit:.1%} were expected"
             self._use(self.first)
-            self.trial, self._next_review = None, self.answers + self.guards.review_every
+            self.trial, self._begun, self._next_review = None, self.answers, self.answers + self.guards.review_every
+            self.epoch += 1
+            self._shift = np.zeros_like(self._shift)
             self.audits.clear()
             self.seen = SeenClasses(len(rare), self.how.half_life)
             self._say("rollback", f"other classes are seen: {reason}")
@@ -295,6 +317,12 @@ class Learner:
             pupil.steps = 0
             self._bound(pupil, self.guards.most_drift)
 
+    def check_heads(self) -> None:
+        """Bring every head that learns within its bounds now."""
+        if self.guards is not None:
+            for pupil in self._pupils.values():
+                self._bound(pupil, self.guards.most_drift)
+
     def _bound(self, pupil: _Pupil, most: float) -> None:
         """Bring a head that has moved too far back to the edge."""
         if not pupil.head.is_finite:
@@ -315,10 +343,12 @@ class Learner:
         assert trace.full is not None
         assert self.guards is not None
         features = {visit.exit: visit.features for visit in trace.visits}
-        self.audits.add(features, trace.full)
         differs = trace.answer.label != int(trace.full.argmax())
         self.audited += 1
         self.differed += differs
+        if not np.isfinite(trace.full).all() or not all(np.isfinite(array).all() for array in features.values()):
+            return  # an absurd input; the audited rows are what thresholds are searched on
+        self.audits.add(features, trace.full)
         if trace.answer.exit in self.agreement:
             counts = self.agreement[trace.answer.exit]
             counts[0] += not differs
@@ -339,26 +369,29 @@ class Learner:
         trial.bet.add(differs)
         figures = f"number {trial.number}: {trial.bet.mean:.2%} of {trial.bet.samples} audited inputs answered otherwise"
         if trial.bet.evidence >= trial.needed:
-            self.trial, self._aim = None, self.guards.aim if self.guards else 1.0
+            self.trial, self.aim = None, self.guards.aim if self.guards else 1.0
             self._use(trial.ruling)
             self._say(
                 "in use", f"{figures}, at most {self.factory.limit:.2%} proven; cost {trial.proposal.cost:.3f} after {trial.proposal.cost_now:.3f}"
             )
         elif trial.bet.samples >= LONGEST_TRIAL or (trial.bet.samples >= FEWEST_TRIED and trial.bet.mean > HOPELESS * self.factory.limit):
-            self.trial, self._aim = None, self._aim * PATIENCE
+            self.trial, self.aim = None, max(self.aim * PATIENCE, self._least_aim())
             self._say("dropped", f"{figures}, which does not prove {self.factory.limit:.2%}")
 
     def _broken_again(self, reason: str) -> bool:
         """The next rung: stricter thresholds, no more updates, back to the factory's heads; these too become stricter, and at last take no exit."""
-        self._broken += 1
+        self.broken += 1
         self.trial = None
         self._alarm = self._new_alarm()
-        if self._broken == 1 or self.in_use is self.first or (self.stage == "stopped" and self._is_factory()):
-            off = self._broken > 3
+        is_factory = self._is_factory()
+        if self.broken == 1 or is_factory:
+            off = self.broken > 3
             thresholds = np.where(self.in_use.thresholds < NEVER, 1 - (1 - self.in_use.thresholds) * STRICTER, NEVER)
             self.in_use = replace(self.in_use, thresholds=np.full_like(thresholds, NEVER) if off else thresholds)
+            if is_factory:
+                self.first = self.in_use  # whatever goes back goes back to these
             self._say("exits off" if off else "thresholds up", reason)
-        elif self._broken == 2:
+        elif self.broken == 2:
             self.stage = "stopped"
             self._say("updates off", reason)
         else:
@@ -367,15 +400,26 @@ class Learner:
         return True
 
     def _is_factory(self) -> bool:
-        return all(ours is theirs for ours, theirs in zip(self.in_use.heads, self.factory.ruling.heads))
+        return all(ours.is_same(theirs) for ours, theirs in zip(self.in_use.heads, self.factory.ruling.heads))
 
     def _use(self, ruling: Ruling) -> None:
         self.in_use, self._rare = ruling, None
         if ruling.rare is not None and ruling.expected is not None and ruling.rare.any():
-            self._rare = Bet(float(ruling.expected[ruling.rare].sum()), above=True, watch=True)
+            expected = float(ruling.expected[ruling.rare].sum())
+            self._rare = Bet(min(1.0, expected * MARGIN + LEAST_MARGIN), above=True, watch=True)
         self._alarm = self._new_alarm()
         for counts in self.agreement.values():
             counts[:] = 0, 0
+
+    def _fewest_audits(self) -> int:
+        """Without which a review could propose nothing."""
+        assert self.guards is not None
+        return fewest_audits(self.factory.limit * self.aim if self.factory.is_proven else 1.0, self.guards.audits_kept)
+
+    def _least_aim(self) -> float:
+        """Below which no number of audits kept could show that a proposal keeps it."""
+        assert self.guards is not None
+        return upper_bound(0, self.guards.audits_kept, SURENESS) / self.factory.limit
 
     def _new_alarm(self) -> Bet:
         return Bet(self.factory.limit, low=0.0 if self.factory.is_proven else -1.0, above=True, watch=True)
@@ -383,6 +427,15 @@ class Learner:
     def _say(self, what: str, reason: str, *exits: str) -> None:
         for name in exits or ("",):
             self._happened(Happening(what, reason, name))
+
+
+@functools.lru_cache
+def fewest_audits(rate: float, most: int) -> int:
+    """How many audits, none of which differs, make a rate likely; 100 at least, `most` at most."""
+    fewest = min(100, most)
+    while fewest < most and upper_bound(0, fewest, SURENESS) > rate:
+        fewest += 10
+    return min(fewest, most)
 
 
 def review_now(learner: Learner) -> bool:

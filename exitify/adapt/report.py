@@ -28,18 +28,18 @@ SAVE_EVERY = 1000
 class Judged:
     """What a session makes of labelled samples that it does not learn from.
 
-    accuracy_seen, accuracy_rest: On classes that the stream often had, and on the others; NaN where there are none.
+    accuracy_seen, accuracy_rest: On classes that the stream often had, and on the others; None where there are none.
     macs_seen: Mean share of the network's multiply-adds, on the classes seen; macs: On all. ms_seen: Mean time of an answer to them.
     exits: Share of samples of the classes seen that leave at each.
     """
 
     samples: int
     accuracy: float
-    accuracy_seen: float
-    accuracy_rest: float
+    accuracy_seen: float | None
+    accuracy_rest: float | None
     macs: float
-    macs_seen: float
-    ms_seen: float
+    macs_seen: float | None
+    ms_seen: float | None
     exits: dict[str, float]
 
 
@@ -91,7 +91,7 @@ def adapt(
         NotWritten: the state could not be written at the end.
     """
     random = np.random.default_rng(seed)
-    events = len(session.state.record.events)
+    last = session.state.record.events[-1:]
     answered_before, audited_before = session.learner.answers, session.learner.audited
     differed_before = session.learner.differed
     started, refused, refusal, not_saved = time.perf_counter(), 0, "", ""
@@ -122,6 +122,7 @@ def adapt(
     before = _judged(verdicts, rare) if verdicts is not None else None
     after = _judged(_verdicts(session, judge_on, "after", progress), rare) if judge_on is not None else None
     learnt = session.learnt_state()
+    events = learnt.record.events
     return AdaptReport(
         learner.answers - answered_before,
         refused,
@@ -131,7 +132,7 @@ def adapt(
         learner.updates,
         tuple(int(label) for label in np.flatnonzero(~rare)),
         learnt.drift(learning=True),
-        learnt.record.events[events:],
+        events[events.index(last[0]) + 1 :] if last and last[0] in events else events,
         before,
         after,
         time.perf_counter() - started,
@@ -170,8 +171,8 @@ def _judged(verdicts: _Verdicts, rare: NDArray[np.bool_]) -> Judged:
     left = Counter(name for name, is_seen in zip(verdicts.exits, seen) if is_seen)
     exits = {name: left[name] / max(int(seen.sum()), 1) for name in verdicts.names}
 
-    def mean(numbers: NDArray[np.float64] | NDArray[np.bool_], rows: NDArray[np.bool_]) -> float:
-        return float(numbers[rows].mean()) if rows.any() else float("nan")
+    def mean(numbers: NDArray[np.float64] | NDArray[np.bool_], rows: NDArray[np.bool_]) -> float | None:
+        return float(numbers[rows].mean()) if rows.any() else None
 
     return Judged(
         len(seen),

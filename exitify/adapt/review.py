@@ -135,7 +135,7 @@ class Proposal:
     in_use: What was in use. ruling: New heads and thresholds, None for none.
     cost, cost_now: Mean cost on the audits, in full networks, of these and of those in use.
     differs, differs_now: The shares of answers other than the network's. rare_drop: On the memory, by classes that are rarely seen.
-    forgotten: Names of exits whose learning heads have forgotten too much of the memory.
+    forgotten: Names of exits whose learning heads have forgotten too much of the memory. epoch: Of the learner, when it was begun.
     """
 
     in_use: Ruling
@@ -146,6 +146,7 @@ class Proposal:
     differs_now: float
     rare_drop: float
     forgotten: tuple[str, ...]
+    epoch: int = 0
 
 
 def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, rows: Rows, guards: Guards, aim: float) -> Proposal:

@@ -51,8 +51,9 @@ class Guards:
         for name, share in (*shares.items(), *(("left_for_rare", one) for one in self.left_for_rare)):
             if not 0 <= share <= 1:
                 raise DataError(f"{name} {share:g} is no share", "give a number from 0 to 1")
-        if not (self.audit > 0 and self.left_for_rare and self.trial_error > 0 and self.alarm_error > 0):
-            raise DataError("without audits or chances of error nothing can be known of new heads", "give audit and both errors above 0")
+        if not (self.audit > 0 and self.left_for_rare and min(self.left_for_rare) > 0 and self.trial_error > 0 and self.alarm_error > 0):
+            problem = "without audits, chances of error and something left for rare classes nothing can be known of new heads"
+            raise DataError(problem, "give audit, both errors and left_for_rare above 0")
         if min(self.audits_kept, self.review_every) < 50 or self.audit_first < 0 or not self.most_drift > 0:
             raise DataError("audits_kept and review_every are at least 50, audit_first at least 0, most_drift above 0", "see exitify.adapt.settings")
 

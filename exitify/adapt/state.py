@@ -35,6 +35,8 @@ KEPT = 4
 """Snapshots that are kept; of more the oldest go."""
 EVENTS = 1000
 """Events that are kept; of more the oldest go."""
+MOST_COUNTED = 2**53
+"""Nothing is counted further; the sums of a fleet stay whole numbers."""
 FACTORY = 0
 """The number of the artifact's own classifiers, which every state can go back to."""
 RECORD = "state.json"
@@ -48,7 +50,8 @@ class Snapshot:
 
     number: From 1, never used again. updates: Made until then. reason: Why it was taken. seconds: Since 1970. profile: Its name, empty
     where there are no settings. settings: By exit. left: What was left for classes that are rarely seen, 1 where nothing was believed.
-    expected: What was believed of the next answer, `(classes,)`; empty where nothing was.
+    expected: What was believed of the next answer, `(classes,)`; empty where nothing was. promise: sha256 of the profile, whose promise it was
+    judged by. is_proven: Whether that was proven; condemned: Whether a watch has found it broken.
     """
 
     number: int
@@ -59,6 +62,9 @@ class Snapshot:
     settings: Mapping[str, ExitSetting] = field(default_factory=dict)
     left: float = 1.0
     expected: tuple[float, ...] = ()
+    promise: str = ""
+    is_proven: bool = False
+    condemned: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class StateRecord:
     """What stands in `state.json`.
 
     model_id: Of the artifact. updates: That the heads that learn have had. answers: Seen. current: The snapshot in use, `FACTORY` for none.
-    next: The number of the next one. trials: Made so far. stopped: Whether nothing is learnt any more. seen: How often each class was
+    next: The number of the next one. trials: Made so far. stopped: Whether nothing is learnt any more. broken: How often a promise was. forgot: How
+    often heads that learn have forgotten the memory. aim: Of the next trial, 0 for that of the guard rails. seen: How often each class was
     answered, what is long ago counting less; empty where nothing was seen.
     """
 
@@ -89,6 +96,9 @@ class StateRecord:
     next: int = 1
     trials: int = 0
     stopped: bool = False
+    broken: int = 0
+    forgot: int = 0
+    aim: float = 0.0
     seen: tuple[float, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     events: tuple[Event, ...] = ()
@@ -164,19 +174,21 @@ class State:
         settings: Mapping[str, ExitSetting] | None = None,
         left: float = 1.0,
         expected: Sequence[float] = (),
+        promise: str = "",
+        is_proven: bool = False,
     ) -> State:
         """These classifiers as a snapshot, in use from now on.
 
         Args:
             tensors: By name; those left out are as in the snapshot in use. updates: Made since the state was fresh.
-            profile, settings, left, expected: How exits decide with them and what they believe, as a `Snapshot` has it.
+            profile, settings, left, expected, promise, is_proven: How exits decide with them and why, as a `Snapshot` has it.
 
         Raises:
             StateError: they are no classifiers of this artifact, or not finite.
         """
         held = self._checked({**self.current(), **tensors})
         number = self.record.next
-        snapshot = Snapshot(number, updates, reason, time.time(), profile, settings or {}, left, tuple(map(float, expected)))
+        snapshot = Snapshot(number, updates, reason, time.time(), profile, settings or {}, left, tuple(map(float, expected)), promise, is_proven)
         kept = (*self.record.snapshots, snapshot)[-KEPT:]
         numbers = {one.number for one in kept}
         arrays = {n: held for n, held in {**self.tensors, number: held}.items() if n in numbers}
@@ -210,12 +222,14 @@ class State:
         return replace(self, record=replace(self.record, events=(*self.record.events, event)[-EVENTS:]))
 
     def back_to(self, number: int, reason: str) -> State:
-        """An older snapshot in use again, or the artifact's own classifiers (`FACTORY`); younger ones are kept.
+        """An older snapshot in use again, or the artifact's own classifiers (`FACTORY`), and nothing learnt since; younger ones are kept.
 
         Raises:
             StateError: it is not kept any more.
         """
-        return self.use(number).note("rollback", f"{reason}; from snapshot {self.record.current} to {number}")
+        changed = self.use(number)
+        changed = replace(changed, record=replace(changed.record, updates=0), learnt={})
+        return changed.note("rollback", f"{reason}; from snapshot {self.record.current} to {number}")
 
     def use(self, number: int) -> State:
         """A snapshot in use, or the artifact's own classifiers (`FACTORY`).
@@ -227,6 +241,11 @@ class State:
             there_are = ", ".join(str(one.number) for one in self.record.snapshots) or "none"
             raise StateError(f"the state has no snapshot {number}", f"it has {there_are}; {FACTORY} is the artifact's own heads")
         return replace(self, record=replace(self.record, current=number))
+
+    def condemn(self) -> State:
+        """The same, the snapshot in use marked as one whose promise was found broken."""
+        marked = tuple(replace(one, condemned=True) if one.number == self.record.current else one for one in self.record.snapshots)
+        return replace(self, record=replace(self.record, snapshots=marked))
 
     def drift(self, *, learning: bool = False) -> dict[str, float]:
         """How far each exit's classifier is from the artifact's own, over that one's size; of the one in use, or of the one that learns."""
@@ -241,6 +260,8 @@ def merged(states: Sequence[State]) -> State:
 
     No thresholds go with it: the artifact's own heads are in use until a device has found, and proven, its own for these.
 
+    Devices that have stopped learning count for nothing.
+
     Raises:
         StateError: none are given, or they belong to different artifacts.
     """
@@ -249,20 +270,17 @@ def merged(states: Sequence[State]) -> State:
     first = states[0]
     if any(state.record.model_id != first.record.model_id for state in states):
         raise StateError("these states belong to different artifacts", "merge those of one artifact")
-    counts = np.array([state.record.updates if state.learnt else 0 for state in states], np.float64)
+    counts = np.array([state.record.updates if state.learnt and not state.record.stopped else 0 for state in states], np.float64)
     total = counts.sum()
     if not total:
         return State.fresh(first.artifact)
     own = first.artifact.classifiers()
     held = [{**own, **state.learnt} for state in states]
     mean = {name: sum(count / total * one[name].astype(np.float64) for count, one in zip(counts, held)).astype(np.float32) for name in own}
-    seen = (
-        tuple(float(one) for one in np.sum([state.record.seen for state in states if state.record.seen], axis=0))
-        if any(state.record.seen for state in states)
-        else ()
-    )
-    answers = sum(state.record.answers for state in states)
-    together = State.fresh(first.artifact).with_learnt(mean, int(total), answers=answers, seen=seen)
+    all_seen = [state.record.seen for state in states if state.record.seen]
+    seen = tuple(float(one) for one in np.sum(all_seen, axis=0)) if all_seen else ()
+    answers, trials = sum(state.record.answers for state in states), max(state.record.trials for state in states)
+    together = State.fresh(first.artifact).with_learnt(mean, int(total), answers=answers, seen=seen, trials=trials)
     return together.note("merged", f"{len(states)} states with {', '.join(map(str, counts.astype(int)))} updates")
 
 
@@ -274,6 +292,16 @@ def classifier_of(tensors: Mapping[str, Array], point: ExitPoint) -> Classifier:
 def most_bytes(artifact: Artifact) -> int:
     """What a state of this artifact can have."""
     return LARGEST_RECORD + (KEPT + 1) * (sum(array.nbytes for array in artifact.classifiers().values()) + 64 * 1024)
+
+
+def looks_like_state(path: Path) -> bool:
+    """Whether a file, though it is damaged, began as a state: its first name is the record's."""
+    data = path.read_bytes()
+    try:
+        container.read(data)
+    except ArtifactError:
+        return data[30 : 30 + len(RECORD)] == RECORD.encode() or not data
+    return False
 
 
 def _path(number: int) -> str:
@@ -301,7 +329,8 @@ def _parsed(files: Mapping[str, memoryview], artifact: Artifact, place: Path) ->
         and record.updates >= 0
         and set(files) - {LEARNT} == {RECORD, *map(_path, numbers)}
         and len(record.seen) in (0, artifact.plan.classes)
-        and min((*record.seen, record.trials, record.answers)) >= 0
+        and min((*record.seen, record.trials, record.broken, record.forgot, record.answers, record.aim)) >= 0
+        and max(record.updates, record.answers, record.trials) < MOST_COUNTED
     )
     if not holds:
         raise StateError(f"{place} contradicts itself: its snapshots are not those that it lists", _AGAIN)

@@ -33,6 +33,10 @@ class Classifier:
         """Whether every number is one."""
         return bool(np.isfinite(self.weight).all() and np.isfinite(self.bias).all())
 
+    def is_same(self, other: Classifier) -> bool:
+        """Whether all numbers are equal."""
+        return bool(np.array_equal(self.weight, other.weight) and np.array_equal(self.bias, other.bias))
+
     def distance(self, other: Classifier) -> float:
         """How far it is from another, over that one's size: the 2-norm of the differences over that of the numbers."""
         moved = float(np.linalg.norm(self.weight - other.weight)) ** 2 + float(np.linalg.norm(self.bias - other.bias)) ** 2

@@ -113,14 +113,23 @@ def reset(
     to: Annotated[int, typer.Option(min=0, help="A snapshot to go back to; 0 forgets everything.")] = 0,
 ) -> None:
     """Go back to a snapshot, or begin again with the artifact's own heads. Also mends a state that cannot be read."""
-    from exitify.adapt.state import FACTORY, State
+    from dataclasses import replace
+
+    from exitify.adapt.state import FACTORY, State, looks_like_state
     from exitify.artifact.artifact import Artifact
 
     opened = Artifact.open(artifact)
     if to == FACTORY:
         if not state.exists():
             raise StateError(f"there is no state {state}", "nothing is to be reset")
-        State.fresh(opened).note("reset", "asked for").save(state)
+        try:
+            trials = State.open(state, opened).record.trials
+        except StateError:
+            if not looks_like_state(state):
+                raise  # no state, or another artifact's: not ours to overwrite
+            trials = 0
+        fresh = State.fresh(opened)
+        replace(fresh, record=replace(fresh.record, trials=trials)).note("reset", "asked for").save(state)
         print(f"Wrote {state}: the artifact's own heads, nothing learnt.")
         return
     State.open(state, opened).back_to(to, "asked for").save(state)

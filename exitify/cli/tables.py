@@ -215,8 +215,9 @@ def adapted(report: AdaptReport, classes: Sequence[str]) -> None:
         rows: list[tuple[object, ...]] = []
         for name, one in (("before", report.before), ("after", report.after)):
             exits = ", ".join(f"{exit_name} {share * 100:.0f} %" for exit_name, share in one.exits.items() if share)
-            accuracies = (f"{share:.2%}" for share in (one.accuracy_seen, one.accuracy_rest))
-            rows.append((name, *accuracies, f"{one.macs_seen:.3f}", f"{one.ms_seen:.3f}", exits))
+            accuracies = ("" if share is None else f"{share:.2%}" for share in (one.accuracy_seen, one.accuracy_rest))
+            costs = ("" if number is None else f"{number:.3f}" for number in (one.macs_seen, one.ms_seen))
+            rows.append((name, *accuracies, *costs, exits))
         title = f"On {report.after.samples} labelled samples, not learnt from"
         table(title, ("", "right, classes seen", "right, the others", "cost, seen", "mean ms, seen", "left at, seen"), rows)
     table("Heads that learn", ("exit", "drift"), [(name, percent(drift)) for name, drift in report.drift.items()])

@@ -316,6 +316,10 @@ class Session:
             self.version = ExitsVersion(now.number + 1, {**now.tensors, **fitting}, changed, setups)
             return self.version
 
+    def prepare_exits(self, settings: Mapping[str, ExitSetting], profile: str) -> None:
+        """Make ready what `change_exits` with these settings, and traces to the end, will need: it may take long, and stops nobody."""
+        self._with_all_exits(self._make_setup(profile, settings))
+
     def forget_changes(self) -> None:
         """The artifact's own classifiers and settings again."""
         with self._changing:
@@ -384,15 +388,17 @@ class Session:
 
     def _with_all_exits(self, setup: _Setup) -> _Setup:
         """The same with every other exit of the plan run too, and never taken."""
-        if setup.profile not in self._whole or self._whole[setup.profile][0] is not setup:
+        known_one = self._whole.get(setup.profile)  # once: another thread may put a newer one there
+        if known_one is None or known_one[0] is not setup:
             names = [point.name for point in self.artifact.plan.exits]
             known = {step.stretch.exit: step for step in setup.steps}
             temperatures = {name: step.temperature for name, step in known.items()}
             thresholds = {name: known[name].threshold if name in known else np.inf for name in names}
             column = next((step.column for step in setup.steps if step.column >= 0), 0)
             whole = self._assemble(setup.mask, names, temperatures, thresholds, column, setup.profile)
-            self._whole[setup.profile] = setup, whole
-        return self._whole[setup.profile][1]
+            known_one = setup, whole
+            self._whole[setup.profile] = known_one
+        return known_one[1]
 
     def _with_mask(self, skip: str | Sequence[bool], version: ExitsVersion) -> _Setup:
         """What to run under this mask: the profile if it is its own, else the network without exits."""

@@ -191,10 +191,10 @@ def test_a_trial_that_differs_too_often_is_dropped_and_the_next_one_aims_lower()
     careless = replace(learner.factory.ruling, thresholds=np.zeros(2))
     learner.consider(trial_of(learner, careless))
     assert learner.trial is not None
-    aim = learner._aim
+    aim = learner.aim
     seen.see(stream(2000))
     assert what_happened(seen)[:2] == ["trial", "dropped"]
-    assert learner._aim < aim
+    assert learner.aim < aim
     assert all(np.array_equal(ruling.thresholds, learner.factory.ruling.thresholds) for _, ruling in seen.versions)
 
 
@@ -326,6 +326,10 @@ def test_what_was_compared_with_other_heads_is_not_considered() -> None:
     late = replace(trial_of(learner, learner.factory.ruling), in_use=replace(learner.in_use))
     assert not learner.consider(late)
     assert learner.in_use is learner.factory.ruling
+    begun = replace(trial_of(learner, replace(learner.factory.ruling)), forgotten=("exit1",), epoch=learner.epoch)
+    learner.roll_back("asked for")
+    assert not learner.consider(begun)
+    assert (learner.in_use is learner.factory.ruling, learner.forgot) == (True, 0)
 
 
 def test_where_nothing_can_be_learnt_it_is_said() -> None:
@@ -342,8 +346,8 @@ def test_where_nothing_can_be_learnt_it_is_said() -> None:
     [
         ({"gate": 1.5}, "gate 1.5 is no share"),
         ({"left_for_rare": (0.3, -0.1)}, "left_for_rare -0.1 is no share"),
-        ({"left_for_rare": ()}, "without audits or chances of error"),
-        ({"audit": 0.0}, "without audits or chances of error"),
+        ({"left_for_rare": ()}, "without audits, chances of error"),
+        ({"audit": 0.0}, "without audits, chances of error"),
         ({"review_every": 10}, "at least 50"),
         ({"most_drift": 0.0}, "most_drift above 0"),
     ],
@@ -417,3 +421,25 @@ def test_classes_that_were_expected_change_nothing() -> None:
     seen.learner._next_review = 10**9
     seen.see(stream(1500, FEW, seed=3))
     assert len(seen.versions) == versions
+
+
+def test_absurd_inputs_are_no_rows_to_search_thresholds_on() -> None:
+    learner = Learner(artifact(), "default", Learning(guards=QUICK))
+    run = trace_of("exit1", full=True)
+    wild = replace(run, full=np.full(10, np.nan, np.float32))
+    with np.errstate(all="ignore"):
+        learner.observe(wild, audited=True)
+        learner.observe(replace(run, visits=(replace(run.visits[0], features=run.visits[0].features * np.inf), run.visits[1])), audited=True)
+    assert (learner.audited, len(learner.audits)) == (2, 0)
+
+
+def test_a_promise_that_few_audits_could_show_is_not_reviewed_before_there_are_enough() -> None:
+    assert module.fewest_audits(1.0, 1000) == 100
+    assert module.fewest_audits(0.012, 1000) == 200
+    assert module.fewest_audits(0.0001, 1000) == 1000
+    seen = device(Learning(guards=replace(QUICK, audits_kept=50)), of=careful())
+    seen.learner.aim = 1e-9
+    seen.learner.consider(trial_of(seen.learner, replace(seen.learner.factory.ruling, thresholds=np.zeros(2))))
+    seen.see(stream(3000))
+    assert "dropped" in what_happened(seen)
+    assert seen.learner.aim >= 0.04, "an aim that could never be shown would end all learning"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import exitify
+from benchmarks.recorded_device import judged
 from exitify.adapt.report import adapt
 from exitify.adapt.session import LearningSession
 from exitify.adapt.settings import Guards, Learning
@@ -23,7 +24,8 @@ from exitify.adapt.state import FACTORY, State
 from exitify.adapt.stream import Stream
 from exitify.adapt.update import Sgd
 from exitify.artifact.artifact import Artifact
-from exitify.errors import DataError, StateError
+from exitify.calibration.calibrate import calibrate
+from exitify.errors import DataError, EngineError, StateError
 from exitify.files import NotWritten
 from exitify.runtime.session import Session
 from tests import digits
@@ -69,7 +71,6 @@ def test_until_something_is_taken_into_use_answers_are_the_plain_sessions() -> N
 @pytest.mark.parametrize("engine", ["onnxruntime", "reference"])
 def test_what_was_learnt_is_in_use_in_the_engine_and_cheaper(engine: str) -> None:
     made = session(engine=engine)
-    before = np.mean([Session.run(made, x).macs for x in few(200, seed=9)])
     for x in few(900):
         made.run(x)
     assert any(event.what == "in use" for event in made.state.record.events)
@@ -78,7 +79,13 @@ def test_what_was_learnt_is_in_use_in_the_engine_and_cheaper(engine: str) -> Non
     z = given.features["exit1"]
     head = made.learner.in_use.heads[0]
     np.testing.assert_allclose(given.logits["exit1"], z @ head.weight.T + head.bias, rtol=1e-3, atol=1e-3)
-    assert np.mean([Session.run(made, x).macs for x in few(200, seed=9)]) < before
+    rows = np.flatnonzero(np.isin(population().labels, FEW))
+    factory = made.learner.factory
+    assert judged(factory, made.learner.in_use, population(), rows).cost < judged(factory, factory.ruling, population(), rows).cost
+    said = made.run_batch(digits.samples_of("test").inputs(rows))
+    assert np.mean([one.label == label for one, label in zip(said, population().labels[rows])]) == pytest.approx(
+        judged(factory, made.learner.in_use, population(), rows).accuracy, abs=0.01
+    )
 
 
 def test_on_a_compiled_library_heads_learn_too() -> None:
@@ -251,7 +258,7 @@ def test_a_report_tells_classes_seen_from_the_others() -> None:
     assert report.before.accuracy_seen == pytest.approx(right[of_few].mean())
     assert report.before.accuracy_rest == pytest.approx(right[~of_few].mean())
     assert report.before.macs_seen == pytest.approx(np.mean([one.macs for one, is_few in zip(plain, of_few) if is_few]) / artifact().plan.full_macs)
-    assert report.after.macs_seen < report.before.macs_seen
+    assert report.after.exits != report.before.exits
     assert sum(report.after.exits.values()) == pytest.approx(1.0)
     assert 0 < report.audited < report.answers
     assert any(event.what == "in use" for event in report.events)
@@ -397,3 +404,84 @@ def test_where_the_artifact_knows_how_long_segments_take_here_new_thresholds_sav
     for x in few(700):
         learning.run(x)
     assert not any(setting.enabled for setting in learning.learner.settings.values()), "no head pays for itself, if each takes fifty networks' time"
+
+
+def with_risk(rate: float) -> Artifact:
+    return calibrate(digits.trained_artifact(), digits.samples_of("calibration"), risk=(rate, 0.9))
+
+
+def test_heads_that_were_never_proven_do_not_answer_where_a_rate_is_promised(tmp_path: Path) -> None:
+    careless = LearningSession(with_risk(0.05), how=Learning(Sgd(1e-1), guards=None), seed=0)
+    for x in few(200):
+        careless.run(x)
+    path = careless.save_state(tmp_path / "careless.state")
+    guarded = LearningSession(with_risk(0.05), how=HOW, seed=0, in_background=False)
+    guarded.restore(path)
+    assert answers(guarded) == answers(Session(with_risk(0.05)))
+    assert guarded.state.record.events[-1].what == "not used"
+    assert "never proven" in guarded.state.record.events[-1].reason
+    assert not np.array_equal(guarded.learner.learnt[0].weight, guarded.learner.factory.ruling.heads[0].weight), "what was learnt may be tried"
+    with pytest.raises(StateError, match="snapshot 1 cannot be used: it was never proven"):
+        guarded.rollback(1)
+
+
+def test_thresholds_of_another_promise_do_not_answer(tmp_path: Path) -> None:
+    made = learnt()
+    assert made.state.record.current > 0
+    path = made.save_state(tmp_path / "device.state")
+    again = calibrate(digits.trained_artifact(), digits.samples_of("calibration"), max_drop=0.001)
+    other = LearningSession(again, how=HOW, seed=0, in_background=False)
+    other.restore(path)
+    assert answers(other) == answers(Session(again))
+    assert "another promise" in other.state.record.events[-1].reason
+
+
+def test_a_plain_rollback_does_not_go_back_to_what_was_found_broken() -> None:
+    made = learnt(1500)
+    number = made.state.record.current
+    made.state = made.state.condemn()
+    made._keep("stricter")
+    made.rollback()
+    assert made.state.record.current != number
+
+
+def test_an_engine_that_cannot_take_new_heads_is_asked_again_and_answers_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, real, calls = LearningSession(artifact(), how=HOW, seed=0), Session.change_exits, []
+
+    def broken(self: Session, *arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            raise EngineError("the engine is busy", "")
+        return real(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "change_exits", broken)
+    for x in few(700):
+        made.run(x)
+        made.wait()
+    assert len(calls) >= 2
+    assert "the engine is busy" in caplog.text
+    assert made.version.number >= 1
+    assert made._served is made.learner.in_use
+
+
+def test_waiting_while_others_answer_never_fails() -> None:
+    made = LearningSession(artifact(), how=HOW, seed=0)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def wait() -> None:
+        while not stop.is_set():
+            try:
+                made.wait()
+            except BaseException as error:
+                failures.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    for x in few(600):
+        made.run(x)
+    stop.set()
+    waiting.join()
+    assert not failures

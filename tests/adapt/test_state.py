@@ -94,6 +94,7 @@ def test_a_state_goes_back_to_any_snapshot_it_keeps_and_to_the_factory(artifact:
         assert np.array_equal(array, moved(artifact, 0.01)[name])
     assert back.record.events[-1].reason == "worse than promised; from snapshot 3 to 1"
     assert set(back.back_to(FACTORY, "reset").drift().values()) == {0.0}
+    assert (back.learnt, back.record.updates) == ({}, 0), "what was learnt since is not to be trusted either"
     assert back.keep(moved(artifact, 0.5), 400, "again").record.current == 4
     with pytest.raises(StateError, match=r"^the state has no snapshot 9\n  hint: it has 1, 2, 3; 0 is the artifact's own heads$"):
         state.back_to(9, "")
@@ -152,6 +153,10 @@ def test_merged_states_are_means_weighed_by_updates(artifact: Artifact) -> None:
     assert (both.record.updates, both.record.answers, both.record.seen) == (400, 14, tuple(i + 1.0 for i in range(classes)))
     assert both.record.events[-1].reason == "3 states with 300, 100, 0 updates"
     assert both.record.current == FACTORY, "nobody has proven the mean of heads"
+    stopped = State.fresh(artifact).with_learnt(moved(artifact, 90.0), 10_000, stopped=True, trials=7)
+    without = merged([one, other, stopped])
+    assert all(np.array_equal(without.learnt[name], both.learnt[name]) for name in both.learnt)
+    assert without.record.trials == 7, "what was spent on trials stays spent"
     assert merged([State.fresh(artifact)] * 2).record == State.fresh(artifact).record
     with pytest.raises(StateError, match="there are no states to merge"):
         merged([])

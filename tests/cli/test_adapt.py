@@ -114,7 +114,7 @@ def test_reset_goes_back_to_a_snapshot_or_to_the_beginning(shelf: Path) -> None:
     assert exitify("state", "reset", "net.exitify", "r.state", folder=shelf).code == 0
     after = State.open(shelf / "r.state", opened)
     assert (after.record.current, after.record.answers, after.learnt) == (0, 0, {})
-    (shelf / "r.state").write_bytes(b"damaged")
+    damaged(shelf, "r.state")
     assert exitify("state", "reset", "net.exitify", "r.state", folder=shelf).code == 0
     State.open(shelf / "r.state", opened)
 
@@ -156,6 +156,8 @@ REFUSED: dict[str, tuple[tuple[object, ...], str, str]] = {
     "a log of nothing": (("state", "log", "net.exitify", "nothing.state"), "cannot read nothing.state", "exitify adapt --state"),
     "a snapshot that is not there": ((*RESET, "learnt.state", "--to", 99), "the state has no snapshot 99", "it has"),
     "a reset of nothing": ((*RESET, "nothing.state"), "there is no state nothing.state", "nothing is to be reset"),
+    "a reset of what is no state": ((*RESET, "net.exitify"), "net.exitify", ""),
+    "a reset of another artifact's state": ((*RESET, "foreign.state"), "foreign.state belongs to another artifact", ""),
     "a merge of different artifacts": (
         ("state", "merge", "net.exitify", "learnt.state", "foreign.state", "-o", "m.state"),
         "foreign.state belongs to another artifact",
@@ -171,7 +173,7 @@ def test_what_cannot_be_is_refused_in_two_lines(shelf: Path, case: str) -> None:
     np.save(shelf / "flat.npy", np.zeros((4, 3), np.float32))
     damaged(shelf, "damaged.state")
     State.fresh(digits.fresh_artifact()).save(shelf / "foreign.state")
-    before = {path.name: path.read_bytes() for path in shelf.glob("*.state")}
+    before = {path.name: path.read_bytes() for pattern in ("*.state", "*.exitify") for path in shelf.glob(pattern)}
     arguments, problem, hint = REFUSED[case]
     done = exitify(*arguments, folder=shelf)
     assert done.code == 1
@@ -181,4 +183,4 @@ def test_what_cannot_be_is_refused_in_two_lines(shelf: Path, case: str) -> None:
 
     assert re.search(problem, first), first
     assert hint in second
-    assert {path.name: path.read_bytes() for path in shelf.glob("*.state")} == before
+    assert {path.name: path.read_bytes() for pattern in ("*.state", "*.exitify") for path in shelf.glob(pattern)} == before
