@@ -38,6 +38,7 @@ OF_EVERY_ANSWER = 0.01
 """What of the audits' chance of a false alarm each answer has, which are many more."""
 DRIFT_EVERY = 64
 """Steps of a head between two looks at how far it has moved."""
+AUDIT_CONFIDENCE = 0.95
 STRICTER = 0.5
 """What a threshold keeps of its distance to 1 when a promise is broken."""
 FEWEST_TRIED = 200
@@ -73,6 +74,15 @@ class Trial:
     ruling: Ruling
     bet: Bet
     needed: float
+
+
+@dataclass(frozen=True)
+class AtExit:
+    """Audited answers given at an exit. differed: Otherwise than the network. at_most: The rate of that, at 95 % (Clopper-Pearson)."""
+
+    answers: int
+    differed: int
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class Learner:
         self._next_review = self.guards.review_every if self.guards else 0
         self._shift = np.zeros(artifact.plan.classes, np.float32)
         self.audits = Audits(artifact.plan, self.guards.audits_kept if self.guards else 1)
-        self.agreement = {name: [0, 0] for name in self._names}
+        self._at_exits = {name: [0, 0] for name in self._names}
         self._alarm = self._new_alarm()
         self._rare: Bet | None = None
 
@@ -159,6 +169,13 @@ class Learner:
     def settings(self) -> dict[str, ExitSetting]:
         """The thresholds in use, as a session takes them."""
         return self.factory.settings(self.in_use)
+
+    def at_exits(self) -> dict[str, AtExit]:
+        """What audits have seen of the answers given at each exit, since what is in use is in use."""
+        return {
+            name: AtExit(answers, differed, upper_bound(differed, answers, AUDIT_CONFIDENCE) if answers else 1.0)
+            for name, (answers, differed) in self._at_exits.items()
+        }
 
     def wants_audit(self) -> bool:
         """Whether the next input is to go on to the end. Drawn before it is seen, so that audited inputs are inputs like all."""
@@ -349,10 +366,10 @@ class Learner:
         if not np.isfinite(trace.full).all() or not all(np.isfinite(array).all() for array in features.values()):
             return  # an absurd input; the audited rows are what thresholds are searched on
         self.audits.add(features, trace.full)
-        if trace.answer.exit in self.agreement:
-            counts = self.agreement[trace.answer.exit]
-            counts[0] += not differs
-            counts[1] += 1
+        if trace.answer.exit in self._at_exits:
+            counts = self._at_exits[trace.answer.exit]
+            counts[0] += 1
+            counts[1] += differs
         rows = [features[name][None] for name in self._names], trace.full[None]
         watched = float(differs)
         if not self.factory.is_proven:
@@ -408,7 +425,7 @@ class Learner:
             expected = float(ruling.expected[ruling.rare].sum())
             self._rare = Bet(min(1.0, expected * MARGIN + LEAST_MARGIN), above=True, watch=True)
         self._alarm = self._new_alarm()
-        for counts in self.agreement.values():
+        for counts in self._at_exits.values():
             counts[:] = 0, 0
 
     def _fewest_audits(self) -> int:

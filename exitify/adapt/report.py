@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from exitify.adapt.learner import AtExit
 from exitify.adapt.prior import rare_classes
 from exitify.adapt.session import LearningSession
 from exitify.adapt.state import Event
@@ -49,7 +50,7 @@ class AdaptReport:
 
     answers: Given. refused: Inputs that could not be answered; refusal: What was wrong with the first of them. audited: Gone on to the end.
     differed: Share of the audited answers other than the network's. seen: Indices of the classes that the stream often had.
-    drift: Of each head that learns. before, after: On labelled samples, where there are any. not_saved: Why the state could not be written
+    drift: Of each head that learns. at_exits: What audits have seen of answers at each exit with what is in use. before, after: On labelled samples, where there are any. not_saved: Why the state could not be written
     on the way, empty if it could.
     """
 
@@ -61,6 +62,7 @@ class AdaptReport:
     updates: int
     seen: tuple[int, ...]
     drift: dict[str, float]
+    at_exits: dict[str, AtExit]
     events: tuple[Event, ...]
     before: Judged | None
     after: Judged | None
@@ -132,6 +134,7 @@ def adapt(
         learner.updates,
         tuple(int(label) for label in np.flatnonzero(~rare)),
         learnt.drift(learning=True),
+        learner.at_exits(),
         events[events.index(last[0]) + 1 :] if last and last[0] in events else events,
         before,
         after,

@@ -1,4 +1,4 @@
-"""How a device learns, and what keeps that from doing harm. Each guard rail has its setting here, and its figure in docs/specialization.md."""
+"""How a device learns, and what keeps that from doing harm: the settings of the guard rails. docs/specialization.md says why they are there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Guards:
     trust_factory: Whether a promised rate is taken to hold for what this device sees. If not, no exit is taken until one is proven here, and
         until then all inputs are audited.
     aim: New thresholds are likely to have at most this share of the disagreement that a `risk` profile allows, so that it can be proven.
-    trial_error: The chance to take new heads into use that break the promise, all trials together.
+    trial_error: The chance to take new heads into use that break the promise, all trials of a state together.
     alarm_error: Of a false alarm, for each audited input, where the promise is only just kept.
     """
 

@@ -201,10 +201,10 @@ def targets(boards: Sequence[Target]) -> None:
 def adapted(report: AdaptReport, classes: Sequence[str]) -> None:
     """What a stream has changed."""
     names = [classes[i] if i < len(classes) else str(i) for i in report.seen]
-    seen = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    classes_seen = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     say(
         f"{report.answers} answers in {report.seconds:.0f} s, {report.updates} updates; {report.audited} audited, "
-        f"{percent(report.differed)} of these other than the network's. Seen: {seen}."
+        f"{percent(report.differed)} of these other than the network's. Seen: {classes_seen}."
     )
     if report.refused:
         say(f"{report.refused} inputs were refused; the first: {report.refusal}")
@@ -220,7 +220,11 @@ def adapted(report: AdaptReport, classes: Sequence[str]) -> None:
             rows.append((name, *accuracies, *costs, exits))
         title = f"On {report.after.samples} labelled samples, not learnt from"
         table(title, ("", "right, classes seen", "right, the others", "cost, seen", "mean ms, seen", "left at, seen"), rows)
-    table("Heads that learn", ("exit", "drift"), [(name, percent(drift)) for name, drift in report.drift.items()])
+    exits = [
+        (name, percent(drift), seen.answers, seen.differed, percent(seen.at_most) if seen.answers else "")
+        for (name, drift), seen in zip(report.drift.items(), report.at_exits.values())
+    ]
+    table("Exits", ("exit", "drift of what learns", "audited answers", "other than the network's", "at most, at 95 %"), exits)
 
 
 def happened(rows: Sequence[tuple[object, ...]]) -> None:

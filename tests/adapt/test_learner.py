@@ -443,3 +443,18 @@ def test_a_promise_that_few_audits_could_show_is_not_reviewed_before_there_are_e
     seen.see(stream(3000))
     assert "dropped" in what_happened(seen)
     assert seen.learner.aim >= 0.04, "an aim that could never be shown would end all learning"
+
+
+def test_answers_at_each_exit_are_counted_with_what_is_known_of_their_rate() -> None:
+    learner = Learner(artifact(), "default", Learning(guards=QUICK))
+    same, other = trace_of("exit1", full=True), trace_of("exit1", full=True)
+    other = replace(other, answer=replace(other.answer, label=5))
+    for run in (same, same, same, other):
+        learner.observe(run, audited=True)
+    learner.observe(same, audited=False)
+    found = learner.at_exits()
+    assert (found["exit1"].answers, found["exit1"].differed) == (4, 1)
+    assert found["exit1"].at_most == pytest.approx(0.7514, abs=1e-4)  # of the beta distribution, 95 %
+    assert (found["exit2"].answers, found["exit2"].at_most) == (0, 1.0)
+    learner.roll_back("asked for")
+    assert learner.at_exits()["exit1"].answers == 0
