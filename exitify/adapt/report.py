@@ -50,8 +50,8 @@ class AdaptReport:
 
     answers: Given. refused: Inputs that could not be answered; refusal: What was wrong with the first of them. audited: Gone on to the end.
     differed: Share of the audited answers other than the network's. seen: Indices of the classes that the stream often had.
-    drift: Of each head that learns. at_exits: What audits have seen of answers at each exit with what is in use. before, after: On labelled samples, where there are any. not_saved: Why the state could not be written
-    on the way, empty if it could.
+    drift: Of each head that learns. at_exits: What audits have seen of answers at each exit with what is in use.
+    before, after: On labelled samples, where there are any. not_saved: Why the state could not be written on the way, empty if it could.
     """
 
     answers: int

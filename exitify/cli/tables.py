@@ -220,11 +220,11 @@ def adapted(report: AdaptReport, classes: Sequence[str]) -> None:
             rows.append((name, *accuracies, *costs, exits))
         title = f"On {report.after.samples} labelled samples, not learnt from"
         table(title, ("", "right, classes seen", "right, the others", "cost, seen", "mean ms, seen", "left at, seen"), rows)
-    exits = [
+    audited = [
         (name, percent(drift), seen.answers, seen.differed, percent(seen.at_most) if seen.answers else "")
         for (name, drift), seen in zip(report.drift.items(), report.at_exits.values())
     ]
-    table("Exits", ("exit", "drift of what learns", "audited answers", "other than the network's", "at most, at 95 %"), exits)
+    table("Exits", ("exit", "drift of what learns", "audited answers", "other than the network's", "at most, at 95 %"), audited)
 
 
 def happened(rows: Sequence[tuple[object, ...]]) -> None:
