@@ -54,7 +54,11 @@ PATIENCE = 0.75
 
 @dataclass
 class _Pupil:
-    """A head that learns. answers: Read and not yet learnt from. steps: Made since the last look at its drift."""
+    """A head that learns.
+
+    waiting: Read and not yet learnt from. steps: Made since the last look at its drift. is_own: Whether nobody else holds the head;
+    spare: The weight before it, whose memory the next one may take.
+    """
 
     name: str
     head: Classifier
@@ -63,6 +67,8 @@ class _Pupil:
     velocity: Velocity | None = None
     waiting: list[tuple[Array, Array]] = field(default_factory=list)
     steps: int = 0
+    is_own: bool = False
+    spare: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,8 @@ class Learner:
     @property
     def learnt(self) -> Heads:
         """The heads that learn, one an exit."""
+        for pupil in self._pupils.values():
+            pupil.is_own = False
         return tuple(self._pupils[name].head for name in self._names)
 
     @property
@@ -285,7 +293,7 @@ class Learner:
         """Go on where a state ended. What was audited, and a trial that was under way, are not in a state: the first inputs are audited again."""
         for name, head in learnt.items():
             self._forget(self._pupils[name])
-            self._pupils[name].head = head
+            self._pupils[name].head = head  # somebody else's until the next step
         self.seen = SeenClasses(len(self.seen.counts), self.how.half_life, counts)
         self.answers, self.updates, self.trials, self.stage, self.trial = answers, updates, trials, stage, None
         self.broken, self.forgot, self.aim = broken, forgot, aim or self.aim
@@ -327,7 +335,10 @@ class Learner:
         logits = z @ pupil.head.weight.T + pupil.head.bias
         if self.guards is not None:
             logits = logits / pupil.temperature + self._shift
-        pupil.head, pupil.velocity = step(pupil.head, z, logits, targets, self.how.sgd, pupil.velocity)
+        before = pupil.head
+        pupil.head, pupil.velocity = step(before, z, logits, targets, self.how.sgd, pupil.velocity, pupil.spare)
+        pupil.spare = before.weight if pupil.is_own and before.weight is not pupil.head.weight else None
+        pupil.is_own = True
         self.updates += 1
         pupil.steps += 1
         if self.guards is not None and pupil.steps >= DRIFT_EVERY:
@@ -353,7 +364,7 @@ class Learner:
             pupil.head, pupil.velocity = Classifier(weight, pupil.factory.bias + keep * (pupil.head.bias - pupil.factory.bias)), None
 
     def _forget(self, pupil: _Pupil) -> None:
-        pupil.head, pupil.velocity, pupil.steps = pupil.factory, None, 0
+        pupil.head, pupil.velocity, pupil.steps, pupil.is_own, pupil.spare = pupil.factory, None, 0, False, None
         pupil.waiting.clear()
 
     def _audit(self, trace: Trace) -> None:

@@ -83,13 +83,20 @@ def softmax(logits: NDArray[Any]) -> Array:
 
 
 def step(
-    classifier: Classifier, features: Array, logits: Array, targets: Array, sgd: Sgd, velocity: Velocity | None = None
+    classifier: Classifier,
+    features: Array,
+    logits: Array,
+    targets: Array,
+    sgd: Sgd,
+    velocity: Velocity | None = None,
+    into: Array | None = None,
 ) -> tuple[Classifier, Velocity | None]:
     """The classifier after one step on the mean cross-entropy of a batch, and its velocity where there is momentum.
 
     Args:
         features: What it read, `(N, width)`. logits: What it said, `(N, classes)`. targets: What it should have, rows that sum to 1.
         velocity: From the step before; none for the first.
+        into: Memory for the new weight, where somebody has some to spare: fresh memory takes longer than the step. Not used with momentum.
     """
     error = softmax(logits)
     error -= targets
@@ -97,7 +104,7 @@ def step(
         error /= np.float32(len(features))
     if not sgd.momentum:
         error *= np.float32(sgd.learning_rate)
-        weight = classifier.weight if sgd.parts == "bias" else _less(classifier.weight, error, features)
+        weight = classifier.weight if sgd.parts == "bias" else _less(classifier.weight, error, features, into)
         bias = classifier.bias if sgd.parts == "weight" else classifier.bias - np.add.reduce(error, axis=0)
         return Classifier(weight, bias), None
     before = velocity or Velocity(np.zeros_like(classifier.weight), np.zeros_like(classifier.bias))
@@ -108,9 +115,9 @@ def step(
     return Classifier(weight, bias), pushed
 
 
-def _less(weight: Array, error: Array, features: Array) -> Array:
+def _less(weight: Array, error: Array, features: Array, into: Array | None) -> Array:
     """`weight - error^T features`, some rows after the others."""
-    result = aligned(weight.shape, weight.dtype.name)  # so that engines take it as it is
+    result = aligned(weight.shape, weight.dtype.name) if into is None else into  # aligned, so that engines take it as it is
     if len(weight) <= _ROWS and len(features) == 1:
         np.multiply(error[0, :, None], features, out=result)
         return np.subtract(weight, result, out=result)

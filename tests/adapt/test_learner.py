@@ -458,3 +458,17 @@ def test_answers_at_each_exit_are_counted_with_what_is_known_of_their_rate() -> 
     assert (found["exit2"].answers, found["exit2"].at_most) == (0, 1.0)
     learner.roll_back("asked for")
     assert learner.at_exits()["exit1"].answers == 0
+
+
+def test_heads_that_were_handed_out_are_never_written_to() -> None:
+    learner = Learner(artifact(), "default", Learning(Sgd(0.1)))
+    held, copies = [], []
+    for seed in range(12):
+        learner.observe(trace_of(FINAL, seed=seed), audited=False)
+        if seed % 3 == 0:
+            held.append(learner.learnt)
+            copies.append([head.weight.copy() for head in held[-1]])
+    for heads, weights in zip(held, copies):
+        assert all(np.array_equal(head.weight, weight) for head, weight in zip(heads, weights))
+    own = artifact().classifiers()
+    assert all(np.array_equal(head.weight, own[point.weight]) for head, point in zip(learner.factory.ruling.heads, artifact().plan.exits))

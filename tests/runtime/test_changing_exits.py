@@ -237,3 +237,41 @@ def test_what_cannot_be_a_classifier_is_refused_and_changes_nothing() -> None:
     with pytest.raises(PlanError, match="exit9"):
         session.change_exits(settings={"exit9": ExitSetting(True, 0.5, 1.0)})
     assert session.version.number == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_exit_that_the_profile_has_switched_off_may_be_enabled_and_another_not_run_at_all(engine: str) -> None:
+    artifact = compiled("identity")
+    artifact = artifact.with_profile("default", profile_for(artifact, {"exit2": 0.0}))
+    session, x = Session(artifact, engine=engine), inputs(6)
+    assert {answer.exit for answer in session.run_batch(x)} == {"exit2"}
+    cost = session.run(x[0]).macs
+    session.change_exits(settings={"exit1": ExitSetting(True, 0.0, 2.0), "exit2": ExitSetting(False, 0.0, 1.0)})
+    for answers in (session.run_batch(x), [session.run(row) for row in x], [session.trace(row).answer for row in x]):
+        assert {answer.exit for answer in answers} == {"exit1"}
+        assert {answer.temperature for answer in answers} == {2.0}
+        assert answers[0].macs < cost
+    session.change_exits(settings={"exit1": ExitSetting(False, 0.0, 1.0)})
+    whole = Session(artifact, engine=engine, profile="none").run(x[0])
+    assert [(answer.exit, answer.macs) for answer in session.run_batch(x)] == [(FINAL, whole.macs)] * 6, "heads that are off cost nothing"
+    session.forget_changes()
+    assert {answer.exit for answer in session.run_batch(x)} == {"exit2"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_trace_to_the_end_shows_exits_that_are_off_and_answers_as_a_run(engine: str) -> None:
+    artifact = compiled("identity")
+    artifact = artifact.with_profile(
+        "default", profile_for(artifact, {"exit2": thresholds(artifact, inputs(12))["exit2"]}, temperatures={"exit2": 2.0})
+    )
+    session, x = Session(artifact, engine=engine), inputs(12)
+    session.prepare_exits({"exit1": ExitSetting(False, 0.0, 1.0)}, "default")
+    left = set()
+    for row in x:
+        whole, answer = session.trace(row, to_end=True), session.run(row)
+        assert [visit.exit for visit in whole.visits] == ["exit1", "exit2"]
+        assert (whole.answer.exit, whole.answer.label, whole.answer.temperature) == (answer.exit, answer.label, answer.temperature)
+        np.testing.assert_allclose(whole.answer.logits, answer.logits, rtol=1e-4, atol=1e-5)
+        assert [visit.exit for visit in session.trace(row).visits] == ["exit2"]
+        left.add(answer.exit)
+    assert left == {"exit2", FINAL}
