@@ -262,7 +262,7 @@ def test_an_exit_that_the_profile_has_switched_off_may_be_enabled_and_another_no
 def test_a_trace_to_the_end_shows_exits_that_are_off_and_answers_as_a_run(engine: str) -> None:
     artifact = compiled("identity")
     artifact = artifact.with_profile(
-        "default", profile_for(artifact, {"exit2": thresholds(artifact, inputs(12))["exit2"]}, temperatures={"exit2": 2.0})
+        "default", profile_for(artifact, {"exit2": thresholds(artifact, inputs(12), 2.0)["exit2"]}, temperatures={"exit2": 2.0})
     )
     session, x = Session(artifact, engine=engine), inputs(12)
     session.prepare_exits({"exit1": ExitSetting(False, 0.0, 1.0)}, "default")
