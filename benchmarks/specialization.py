@@ -211,10 +211,15 @@ def draw(lives: list[Life], names: list[str], path: Path) -> None:
 
 def stationary(population: Population, options: argparse.Namespace) -> None:
     """All classes, for ever: accuracy on the population of every version that was in use, against the factory's."""
-    order = np.random.default_rng(0).permutation(len(population.labels))
-    artifact = population.calibrated(order[:2500], settle(population, options, 0))
-    device = Device(population, artifact, Learning(Sgd(options.learning_rate)), seed=0)
-    random, everything = np.random.default_rng(1), np.arange(len(population.labels))
+    for split in range(options.splits):
+        _one_stationary(population, options, split)
+
+
+def _one_stationary(population: Population, options: argparse.Namespace, split: int) -> None:
+    order = np.random.default_rng(split).permutation(len(population.labels))
+    artifact = population.calibrated(order[:2500], settle(population, options, split))
+    device = Device(population, artifact, Learning(Sgd(options.learning_rate)), seed=split)
+    random, everything = np.random.default_rng((1, split)), np.arange(len(population.labels))
     started = time.perf_counter()
     while device.learner.updates < options.updates and device.learner.stage == "learning":
         device.see(random.choice(everything, 1000))

@@ -191,12 +191,8 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
 def _keeps(factory: Factory, differs: NDArray[np.float64], differed: NDArray[np.float64], aim: float) -> bool:
     if factory.is_proven:
         return upper_bound(int(differs.sum()), len(differs), SURENESS) <= aim * factory.limit
-    return _hardly_more(differs - differed, factory.limit)
-
-
-def _hardly_more(more: NDArray[np.float64], limit: float) -> bool:
-    """Whether a mean is seen to be 0 at most, and likely the limit."""
-    return bool(more.mean() <= 0 and more.mean() + ERRORS * more.std() / np.sqrt(len(more)) <= limit)
+    more = differs - differed
+    return bool(more.mean() <= 0 and more.mean() + ERRORS * more.std() / np.sqrt(len(more)) <= factory.limit)
 
 
 class _Remembered:
@@ -222,17 +218,14 @@ class _Remembered:
     def judge(self, heads: Heads, thresholds: NDArray[np.float64], rare: NDArray[np.bool_], most: float) -> tuple[float, bool]:
         """By how much answers to rare classes are right less often than the factory's; and whether these and the others are right often enough.
 
-        Rare classes may lose `most`. So may the others where a rate is promised; where accuracy is, they may lose nothing that is seen here,
-        and hardly more than promised within the estimate's error.
+        Rare classes may lose `most`. So may the others where a rate is promised; where accuracy is, they may lose nothing.
         """
         lost = self.right.astype(float) - self._right(heads, thresholds)
         of_rare = rare[self.labels]
         drop, others = float(lost[of_rare].mean()) if of_rare.any() else 0.0, lost[~of_rare]
         if not len(others):
             return drop, drop <= most
-        if self.factory.is_proven:
-            return drop, max(drop, float(others.mean())) <= most
-        return drop, drop <= most and _hardly_more(others, self.factory.limit)
+        return drop, drop <= most and float(others.mean()) <= (most if self.factory.is_proven else 0.0)
 
     def forgotten(self, learnt: Heads, limit: float) -> tuple[str, ...]:
         """Exits whose heads alone are right less often than the factory's, by more than the limit."""

@@ -33,7 +33,8 @@ class LearningSession(Session):
     """Answers as `Session` does, from any number of threads, and lets the early exits learn from the deeper ones.
 
     `run` learns; `run_batch`, `record` and `trace` do not. Some inputs, drawn before they are seen, go on to the network's end
-    (`Guards.audit`), which takes their callers longer. All profiles share the heads; what is learnt is judged by one of them. Where the
+    (`Guards.audit`), which takes their callers longer. What is learnt is for the profile that it began with; others, and none, have the
+    artifact's own heads, for which their thresholds were found. Where the
     artifact holds the times of its segments for this engine here (`exitify measure`), new thresholds save time; else multiply-adds.
     """
 
@@ -228,7 +229,7 @@ class LearningSession(Session):
 
     def _hand_over(self) -> None:
         now = self.learner.in_use
-        self.change_exits(self.learner.tensors, self.learner.settings, profile=self._judge)
+        self.change_exits(self.learner.tensors, self.learner.settings, profile=self._judge, alone=True)
         self._served = now
 
     def _keep(self, reason: str) -> None:

@@ -96,11 +96,13 @@ class ExitsVersion:
     """What may change between two runs with nothing loaded again: classifiers, and how a profile's exits decide.
 
     number: Of the version, from 0. tensors: Classifiers in place of the artifact's, by name; nobody changes them afterwards.
+    of_profile: Classifiers that stand in place of all these under one profile, by its name and then by theirs.
     settings: In place of a profile's, by its name and by exit. setups: What follows from them, by the profile's name.
     """
 
     number: int = 0
     tensors: Mapping[str, Array] = field(default_factory=dict)
+    of_profile: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, ExitSetting]] = field(default_factory=dict)
     setups: Mapping[str, _Setup] = field(default_factory=dict, repr=False)
 
@@ -273,7 +275,12 @@ class Session:
         return Trace(answer, tuple(visits), full)
 
     def change_exits(
-        self, tensors: Mapping[str, Array] | None = None, settings: Mapping[str, ExitSetting] | None = None, *, profile: str | None = None
+        self,
+        tensors: Mapping[str, Array] | None = None,
+        settings: Mapping[str, ExitSetting] | None = None,
+        *,
+        profile: str | None = None,
+        alone: bool = False,
     ) -> ExitsVersion:
         """Let classifiers and settings stand in place of the artifact's from the next run on; runs under way end with those they began with.
 
@@ -283,6 +290,7 @@ class Session:
             settings: How exits of a profile decide, by exit. One that is not enabled is not run; one that the profile has switched off may
                 be enabled.
             profile: The one that settings are for, by default the one in use. They stay with it while others are used.
+            alone: Whether the classifiers too are for this profile alone; otherwise they are for all, and for none.
 
         Returns:
             The version that is now in use.
@@ -307,13 +315,16 @@ class Session:
         fitting = {name: array if array.ctypes.data % ALIGNMENT == 0 else _aligned_copy(array) for name, array in (tensors or {}).items()}
         with self._changing:
             now, of = self.version, profile or self.profile_name
-            if settings and of is None:
+            if (settings or alone) and of is None:
                 raise DataError("settings are for a profile's exits, and none is in use", "use one, or name it")
             changed, setups = now.settings, now.setups
             if settings and of:
                 changed = {**changed, of: {**changed.get(of, {}), **settings}}
                 setups = {**setups, of: self._make_setup(of, changed[of])}
-            self.version = ExitsVersion(now.number + 1, {**now.tensors, **fitting}, changed, setups)
+            shared, own = {**now.tensors, **fitting}, now.of_profile
+            if alone and of is not None:
+                shared, own = dict(now.tensors), {**own, of: {**own.get(of, {}), **fitting}}
+            self.version = ExitsVersion(now.number + 1, shared, own, changed, setups)
             return self.version
 
     def prepare_exits(self, settings: Mapping[str, ExitSetting], profile: str) -> None:
@@ -495,7 +506,8 @@ class Session:
         """What heads take under this version."""
         if version.number == 0:
             return setup.parameters
-        return {name: version.tensors.get(name, array) for name, array in setup.parameters.items()}
+        own = version.of_profile.get(setup.profile, {})
+        return {name: own.get(name, version.tensors.get(name, array)) for name, array in setup.parameters.items()}
 
     def _call(self, step: _Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: values[name] for name in step.stretch.inputs}

@@ -75,10 +75,10 @@ def test_what_was_learnt_is_in_use_in_the_engine_and_cheaper(engine: str) -> Non
         made.run(x)
     assert any(event.what == "in use" for event in made.state.record.events)
     assert made.version.number >= 1
-    given = made.record(everything()[:20])
-    z = given.features["exit1"]
     head = made.learner.in_use.heads[0]
-    np.testing.assert_allclose(given.logits["exit1"], z @ head.weight.T + head.bias, rtol=1e-3, atol=1e-3)
+    for x in everything()[:20]:
+        visit = made.trace(x, to_end=True).visits[0]
+        np.testing.assert_allclose(visit.logits, head.weight @ visit.features + head.bias, rtol=1e-3, atol=1e-3)
     rows = np.flatnonzero(np.isin(population().labels, FEW))
     factory = made.learner.factory
     assert judged(factory, made.learner.in_use, population(), rows).cost < judged(factory, factory.ruling, population(), rows).cost
@@ -95,13 +95,13 @@ def test_on_a_compiled_library_heads_learn_too() -> None:
 
     made = made.with_profile("default", profile_for(made, thresholds(made, inputs(12))))
     learning = LearningSession(made, engine="tvm", how=Learning(Sgd(1e-2), guards=None), seed=0)
-    before = learning.record(inputs(4)).logits
+    before = learning.trace(inputs(1)[0], to_end=True)
     for x in inputs(40, seed=3):
         learning.run(x)
-    after = learning.record(inputs(4)).logits
+    after = learning.trace(inputs(1)[0], to_end=True)
     assert learning.learner.updates > 0
-    assert not np.array_equal(before["exit1"], after["exit1"])
-    assert np.array_equal(before["final"], after["final"])
+    assert not np.array_equal(before.visits[0].logits, after.visits[0].logits)
+    assert np.array_equal(before.full, after.full)
 
 
 def test_the_answer_at_full_depth_is_exactly_what_it_was() -> None:
@@ -273,8 +273,8 @@ def test_every_answer_of_four_threads_is_of_one_version_while_heads_learn_and_ar
     versions: list[tuple[np.ndarray, ...]] = []
     real = made.change_exits
 
-    def noted(tensors=None, settings=None, *, profile=None):  # type: ignore[no-untyped-def]
-        found = real(tensors, settings, profile=profile)
+    def noted(tensors=None, settings=None, **options):  # type: ignore[no-untyped-def]
+        found = real(tensors, settings, **options)
         versions.append(tuple(array for head in made.learner.in_use.heads for array in (head.weight, head.bias)))
         return found
 
@@ -485,3 +485,18 @@ def test_waiting_while_others_answer_never_fails() -> None:
     stop.set()
     waiting.join()
     assert not failures
+
+
+def test_other_profiles_and_none_keep_the_heads_that_they_were_calibrated_with() -> None:
+    made = artifact().with_profile("other", artifact().profile("default"))
+    learning = LearningSession(made, profile="default", how=Learning(Sgd(1e-2), guards=None), seed=0)
+    for x in few(200):
+        learning.run(x)
+    changed = answers(learning)
+    plain = Session(made)
+    assert changed != answers(plain)
+    learning.use("other")
+    assert answers(learning) == answers(plain)
+    assert np.array_equal(learning.record(everything()[:5]).logits["exit1"], plain.record(everything()[:5]).logits["exit1"])
+    learning.use("default")
+    assert answers(learning) == changed
