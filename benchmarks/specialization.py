@@ -97,7 +97,8 @@ def few(population: Population, options: argparse.Namespace) -> None:
     error = every.std(axis=0) / np.sqrt(len(every))
     print(f"over {len(lives)} devices: right, seen {every[:, 0].mean() * 100:+.2f} ± {error[0] * 100:.2f} points; cost {every[:, 1].mean():+.1%} ± "
           f"{error[1]:.1%}; right, others {every[:, 2].mean() * 100:+.2f} ± {error[2] * 100:.2f} points")  # fmt: skip
-    print("on the curves of the figure, where as many answers are right as before: " + _at_equal_accuracy(lives))
+    for what, index, before in (("as many answers are right as before", 1, (0.0, 0)), ("the others have lost a point", 3, (-0.01, 1))):
+        print(f"on the curves of the figure, where {what}: {_on_the_curve(lives, index, *before)}")
     print(f"others at full depth unchanged: {all(life.same_at_full_depth for life in lives)}; largest drift of a head that learns "
           f"{max(life.drift for life in lives):.1%}")  # fmt: skip
     if options.figure:
@@ -177,17 +178,18 @@ def _curve(factory: Factory, ruling: Ruling, population: Population, rows: NDArr
     return np.array(found)
 
 
-def _at_equal_accuracy(lives: list[Life]) -> str:
-    """Where the mean curve after learning falls to the accuracy of before, over all devices."""
-    before = np.mean([(life.few[0].accuracy, life.few[0].cost, life.rest[0].accuracy) for life in lives], axis=0)
-    seen, others = (np.mean([life.curves[index] for life in lives], axis=0) for index in (1, 3))
-    at = int(np.argmax(seen[:, 0] < before[0]))  # from strict to lax, the first that is less accurate
+def _on_the_curve(lives: list[Life], index: int, change: float, part: int) -> str:
+    """Where a mean curve after learning falls to an accuracy, from strict to lax. index: Of the curve. change: From before. part: 0 seen, 1 others."""
+    before = np.mean([[(one.accuracy, one.cost) for one in (life.few[0], life.rest[0])] for life in lives], axis=0)
+    curve, seen, others = (np.mean([life.curves[k] for life in lives], axis=0) for k in (index, 1, 3))
+    wanted = before[part, 0] + change
+    at = int(np.argmax(curve[:, 0] < wanted))
     if at == 0:
-        return "never less accurate, within the curve"
-    share = (seen[at - 1, 0] - before[0]) / (seen[at - 1, 0] - seen[at, 0])
-    cost = seen[at - 1, 1] + share * (seen[at, 1] - seen[at - 1, 1])
-    rest = others[at - 1, 0] + share * (others[at, 0] - others[at - 1, 0])
-    return f"cost {cost:.3f} after {before[1]:.3f}, {cost / before[1] - 1:+.1%}; others {100 * (rest - before[2]):+.2f} points"
+        return "nowhere on them"
+    share = (curve[at - 1, 0] - wanted) / (curve[at - 1, 0] - curve[at, 0])
+    (right, cost), (rest, _) = (one[at - 1] + share * (one[at] - one[at - 1]) for one in (seen, others))
+    points = f"seen {100 * (right - before[0, 0]):+.2f}, others {100 * (rest - before[1, 0]):+.2f} points"
+    return f"cost {cost:.3f} after {before[0, 1]:.3f}, {cost / before[0, 1] - 1:+.1%}; {points}"
 
 
 def draw(lives: list[Life], names: list[str], path: Path) -> None:
