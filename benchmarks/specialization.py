@@ -179,7 +179,10 @@ def _curve(factory: Factory, ruling: Ruling, population: Population, rows: NDArr
 
 
 def _on_the_curve(lives: list[Life], index: int, change: float, part: int) -> str:
-    """Where a mean curve after learning falls to an accuracy, from strict to lax. index: Of the curve. change: From before. part: 0 seen, 1 others."""
+    """Where a mean curve after learning falls to an accuracy, from strict to lax.
+
+    index: Of the curve. change: From before. part: Of what: 0 classes seen, 1 others.
+    """
     before = np.mean([[(one.accuracy, one.cost) for one in (life.few[0], life.rest[0])] for life in lives], axis=0)
     curve, seen, others = (np.mean([life.curves[k] for life in lives], axis=0) for k in (index, 1, 3))
     wanted = before[part, 0] + change
