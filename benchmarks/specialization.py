@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--risk", action="store_true", help="calibrate for a rate of 2 % at 95 % in place of a drop of half a point")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--engine", default="onnxruntime", help="that `latency` measures")
+    parser.add_argument("--lax", type=float, default=1.0, help="how much farther from 1 thresholds are in `latency`, to compare at equal accuracy")
     parser.add_argument("--times", action="store_true", help="measure segments first, for devices that save time and not multiply-adds")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
@@ -122,6 +123,14 @@ def _lives(population: Population, options: argparse.Namespace) -> Iterator[Life
             yield Life(number, *parts, tuple(curves), device.audited / device.learner.answers, drift, whole[0].accuracy == whole[1].accuracy)  # type: ignore[arg-type]
 
 
+SHARES = np.geomspace(0.05, 8.0, 40)
+"""How far from 1 thresholds are moved for a curve, as shares of what they were."""
+
+
+def _laxer(ruling: Ruling, share: float) -> Ruling:
+    return replace(ruling, thresholds=np.where(ruling.thresholds < NEVER, 1 - (1 - ruling.thresholds) * share, NEVER))
+
+
 def latency(population: Population, options: argparse.Namespace) -> None:
     """Milliseconds of answers to the classes seen, before and after, image by image in turn."""
     data = Path(os.environ.get("EXITIFY_DATA", "../shared/data")) / "cifar10.npz"
@@ -130,26 +139,30 @@ def latency(population: Population, options: argparse.Namespace) -> None:
     changes = []
     for split in range(options.splits):
         for number, (device, rows) in enumerate(_devices(population, options, split, times)):
-            sessions = [Session(device.artifact, engine=options.engine, profile=one) for one in ("default", "default", "none")]
+            sessions = [Session(device.artifact, engine=options.engine, profile=one) for one in ("default", "default", "default", "none")]
             sessions[1].change_exits(device.learner.tensors, device.learner.settings)
+            lax = device.learner.factory.settings(_laxer(device.learner.in_use, options.lax))
+            sessions[2].change_exits(device.learner.tensors, lax)
             mine = rows[np.isin(population.labels[rows], TRIPLES[number])]
             inputs = samples.inputs(mine)
-            times, right = np.zeros((3, 5, len(mine))), np.zeros((3, len(mine)))
+            took, right = np.zeros((4, 5, len(mine))), np.zeros((4, len(mine)))
             for turn in range(-1, 5):
                 for i, x in enumerate(inputs):
-                    for k in np.roll(range(3), i):
+                    for k in np.roll(range(4), i):
                         answer = sessions[k].run(x)
                         right[k, i] = answer.label == population.labels[mine[i]]
                         if turn >= 0:
-                            times[k, turn, i] = answer.ms
-            before, after, whole = np.median(times, axis=1).mean(axis=1)
-            changes.append((after / before - 1, right[1].mean() - right[0].mean(), before / whole, after / whole))
+                            took[k, turn, i] = answer.ms
+            before, after, laxer, whole = np.median(took, axis=1).mean(axis=1)
+            rights = right.mean(axis=1)
+            changes.append((after / before - 1, rights[1] - rights[0], before / whole, after / whole, laxer / before - 1, rights[2] - rights[0]))
             print(f"split {split} {TRIPLES[number]}: {whole:.3f} ms whole, {before:.3f} before, {after:.3f} after ({after / before - 1:+.1%}), right "
                   f"{right[0].mean():.2%} and {right[1].mean():.2%}", flush=True)  # fmt: skip
     found, error = np.mean(changes, axis=0), np.std(changes, axis=0) / np.sqrt(len(changes))
     print(
         f"{sessions[0].engine.full_name}: mean latency {found[0]:+.1%} ± {error[0]:.1%}, right {found[1] * 100:+.2f} ± {error[1] * 100:.2f} points; "
-        f"of the whole network's {found[2]:.3f} before, {found[3]:.3f} after"
+        f"of the whole network's {found[2]:.3f} before, {found[3]:.3f} after. Thresholds {options.lax:g} times as far from 1: "
+        f"{found[4]:+.1%} ± {error[4]:.1%}, right {found[5] * 100:+.2f} ± {error[5] * 100:.2f} points"
     )
 
 
@@ -171,9 +184,8 @@ def _devices(
 def _curve(factory: Factory, ruling: Ruling, population: Population, rows: NDArray[np.integer]) -> NDArray[np.float64]:
     """Accuracy and cost as thresholds become stricter or laxer together, as in the paper's figure 4; `(points, 2)`."""
     found = []
-    for share in np.geomspace(0.05, 8.0, 40):
-        thresholds = np.where(ruling.thresholds < NEVER, 1 - (1 - ruling.thresholds) * share, NEVER)
-        one = judged(factory, replace(ruling, thresholds=thresholds), population, rows)
+    for share in SHARES:
+        one = judged(factory, _laxer(ruling, share), population, rows)
         found.append((one.accuracy, one.cost))
     return np.array(found)
 
@@ -192,7 +204,8 @@ def _on_the_curve(lives: list[Life], index: int, change: float, part: int) -> st
     share = (curve[at - 1, 0] - wanted) / (curve[at - 1, 0] - curve[at, 0])
     (right, cost), (rest, _) = (one[at - 1] + share * (one[at] - one[at - 1]) for one in (seen, others))
     points = f"seen {100 * (right - before[0, 0]):+.2f}, others {100 * (rest - before[1, 0]):+.2f} points"
-    return f"cost {cost:.3f} after {before[0, 1]:.3f}, {cost / before[0, 1] - 1:+.1%}; {points}"
+    lax = SHARES[at - 1] * (SHARES[at] / SHARES[at - 1]) ** share
+    return f"cost {cost:.3f} after {before[0, 1]:.3f}, {cost / before[0, 1] - 1:+.1%}; {points}; thresholds {lax:.2f} times as far from 1"
 
 
 def draw(lives: list[Life], names: list[str], path: Path) -> None:
