@@ -360,6 +360,28 @@ while True:
 """
 
 
+@pytest.mark.slow
+def test_killed_two_hundred_times_the_state_always_loads(tmp_path: Path) -> None:
+    """What the test below does with ten kills, with a kill at each of the 200 moments."""
+    net, path = artifact().save(tmp_path / "net.exitify"), tmp_path / "device.state"
+    session().save_state(path)
+    np.save(tmp_path / "rows.npy", few(100))
+    draw, last = random.Random(1), 0
+    for kill in range(200):
+        process = subprocess.Popen(
+            [sys.executable, "-c", LEARN, str(net), str(path), str(tmp_path / "rows.npy"), str(kill)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert int(process.stdout.readline().split()[0]) == last
+        time.sleep(draw.random() * 0.1)
+        process.kill()
+        process.communicate()
+        found = State.open(path, artifact())
+        assert found.record.answers >= last
+        last = found.record.answers
+    assert last > 200
+
+
 def test_killed_while_it_learns_and_saves_the_state_always_loads(tmp_path: Path) -> None:
     """200 moments, ten of them real kills: what the disk has is a state of before or after, and learning goes on from there."""
     net, path = artifact().save(tmp_path / "net.exitify"), tmp_path / "device.state"
