@@ -20,8 +20,8 @@ from exitify.adapt.settings import Learning
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Profile, SegmentTimes
 from exitify.artifact.memory import remember
-from exitify.calibration.calibrate import Outputs, Settings, exit_settings
-from exitify.calibration.thresholds import NEVER, exits_taken
+from exitify.calibration.calibrate import Outputs, Settings, disagreement_of, exit_settings
+from exitify.calibration.thresholds import NEVER, judge
 from exitify.data import load_samples
 from exitify.plan import FINAL
 from exitify.runtime.session import Answer, Session, Trace, Visit
@@ -68,23 +68,18 @@ class Population:
 
 @dataclass(frozen=True)
 class Judged:
-    """What heads and thresholds make of some images. cost: Mean, in full networks. exits: Shares that leave at each."""
+    """What heads and thresholds make of some images. cost: Mean, in full networks."""
 
     accuracy: float
     differs: float
     cost: float
-    exits: NDArray[np.float64]
 
 
 def judged(factory: Factory, ruling: Ruling, population: Population, rows: NDArray[np.integer]) -> Judged:
     """Answers to these images, none learnt from."""
-    outputs = factory.outputs(ruling.heads, population.rows(rows))
-    taken = exits_taken(outputs.confidence(factory.temperatures, factory.profile.policy), ruling.thresholds)
-    said, everyone = outputs.logits.argmax(axis=2), np.arange(len(rows))
-    cost = factory.searchable(outputs, np.zeros(said.shape)).cost(ruling.thresholds)[taken].mean()
-    answers = said[taken, everyone]
-    shares = np.bincount(taken, minlength=len(said)) / len(rows)
-    return Judged(float((answers == population.labels[rows]).mean()), float((answers != said[-1]).mean()), float(cost), shares)
+    answers, outputs = factory.answers(ruling.heads, ruling.thresholds, population.rows(rows))
+    differs, cost = judge(factory.searchable(outputs, disagreement_of(outputs, smooth=False)), ruling.thresholds)
+    return Judged(float((answers == population.labels[rows]).mean()), differs, cost)
 
 
 class Device:

@@ -6,7 +6,7 @@ Source: Waudby-Smith and Ramdas 2024, Estimating means of bounded random variabl
 
 A watch for a change begins again whenever its money has become less than it was, or what was long well would hide what has just gone wrong;
 while the claim is true it takes 1/d samples and more, on average, until one has become 1/d.
-Source: Shin, Ramdas and Rinaldo 2022, E-detectors, arXiv:2203.03532, theorem 2.4.
+Source: Shin, Ramdas and Rinaldo 2022, E-detectors, arXiv:2203.03532.
 """
 
 from __future__ import annotations

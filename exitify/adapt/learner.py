@@ -308,7 +308,7 @@ class Learner:
             self.first = self.in_use
 
     def _watch_classes(self, label: int) -> None:
-        """Whether classes come that were rare when what is in use was found: of every answer, so that it is soon seen."""
+        """Whether classes come that were rare when what is in use was found: of every answer that is sure enough, so that it is soon seen."""
         rare = self.in_use.rare
         if self.guards is None or self._rare is None or rare is None:
             return
@@ -406,7 +406,7 @@ class Learner:
             self.trial, self.aim = None, max(self.aim * PATIENCE, self._least_aim())
             self._say("dropped", f"{figures}, which does not prove {self.factory.limit:.2%}")
 
-    def _broken_again(self, reason: str) -> bool:
+    def _broken_again(self, reason: str) -> None:
         """The next rung: stricter thresholds, no more updates, back to the factory's heads; these too become stricter, and at last take no exit."""
         self.broken += 1
         self.trial = None
@@ -425,7 +425,6 @@ class Learner:
         else:
             self.stage = "stopped"
             self.roll_back(reason)
-        return True
 
     def _is_factory(self) -> bool:
         return all(ours.is_same(theirs) for ours, theirs in zip(self.in_use.heads, self.factory.ruling.heads))

@@ -3,7 +3,7 @@
 A head learnt p(class | x) where all classes were alike frequent. Where they come with shares q instead, Bayes' rule makes that
 p(class | x) q(class) K, normalised (Saerens et al. 2002, Neural Computation 14:21, equation 2.4): a shift of the logits by log(q K), K classes.
 Learning with the shift inside the softmax leaves to the weights what the shares do not explain, so that classes which are not seen are
-not unlearnt (Menon et al. 2021, arXiv:2007.07314, equation 10). Nothing but counts is kept of what was seen.
+not unlearnt (Menon et al. 2021, arXiv:2007.07314, the logit-adjusted loss). Nothing but counts is kept of what was seen.
 """
 
 from __future__ import annotations

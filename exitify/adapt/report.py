@@ -155,8 +155,7 @@ class _Verdicts:
     names: tuple[str, ...]
 
 
-def _verdicts(session: LearningSession, samples: Samples | None, when: str, progress: Progress) -> _Verdicts:
-    assert samples is not None
+def _verdicts(session: LearningSession, samples: Samples, when: str, progress: Progress) -> _Verdicts:
     found: list[Answer] = []
     for start in range(0, len(samples), 100):
         progress(f"judging {when}", start, len(samples))

@@ -27,6 +27,8 @@ Rows = tuple[Sequence[NDArray[np.float32]], NDArray[np.float32]]
 PRICES = 30
 CARES = (0.3, 1.0, 3.0)
 """How much an error in the artifact's memory counts beside one in the audits where thresholds are searched: each is tried."""
+LITTLE = 1e-3
+"""What the cost of remembered samples counts beside that of audits: hardly any of them will come."""
 WORTHWHILE = 0.98
 """New heads must cost less than this share of those in use."""
 SURENESS = 0.9
@@ -53,10 +55,8 @@ class Ruling:
 
     def differs(self, factory: Factory, rows: Rows) -> NDArray[np.float64]:
         """1 where the answer is other than the network's own, for each row, else 0."""
-        outputs = factory.outputs(self.heads, rows)
-        taken = exits_taken(outputs.confidence(factory.temperatures, factory.profile.policy), self.thresholds)
-        differs: NDArray[np.float64] = disagreement_of(outputs, smooth=False)[taken, np.arange(len(taken))]
-        return differs
+        answers, outputs = factory.answers(self.heads, self.thresholds, rows)
+        return (answers != outputs.labels).astype(float)
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,22 @@ class Factory:
         promise = self.profile.promise
         return promise.limit if promise.kind in ("risk", "max-drop") else SLACK
 
-    def outputs(self, heads: Heads, rows: Rows, shift: NDArray[np.float32] | None = None) -> Outputs:
+    def outputs(self, heads: Heads, rows: Rows) -> Outputs:
         """What every exit says with these heads; the network's own answer stands for the label."""
         features, full = rows
         said = np.empty((len(heads) + 1, *full.shape), np.float32)
         for k, (head, z) in enumerate(zip(heads, features)):
             np.matmul(z, head.weight.T, out=said[k])
             said[k] += head.bias
-            if shift is not None:
-                said[k] += np.float32(self.temperatures[k]) * shift
         said[-1] = full
         return Outputs(said, full.argmax(axis=1), mask=self.plan.mask(self.profile.skip))
+
+    def answers(self, heads: Heads, thresholds: NDArray[np.float64], rows: Rows) -> tuple[NDArray[np.intp], Outputs]:
+        """What these heads answer under these thresholds, `(N,)`, and all that every exit says."""
+        outputs = self.outputs(heads, rows)
+        taken = exits_taken(outputs.confidence(self.temperatures, self.profile.policy), thresholds)
+        found: NDArray[np.intp] = outputs.logits.argmax(axis=2)[taken, np.arange(len(taken))]
+        return found, outputs
 
     def searchable(self, outputs: Outputs, loss: NDArray[np.float64]) -> Recorded:
         """What thresholds are found on."""
@@ -169,8 +174,7 @@ def propose(factory: Factory, learnt: Heads, in_use: Ruling, shares: Shares, row
     best = Proposal(in_use, None, cost_now, cost_now, differs_now, differs_now, 0.0, forgotten)
     for left in guards.left_for_rare if remembered else (0.5,):
         expected = expected_shares(shares, left)
-        shift = shift_of(expected)
-        heads = factory.shifted(learnt, shift)
+        heads = factory.shifted(learnt, shift_of(expected))
         outputs = factory.outputs(heads, rows)
         search, other = factory.searchable(outputs, disagreement_of(outputs)), disagreement_of(outputs, smooth=False)
         audited, everyone = search.confidence, np.arange(other.shape[1])
@@ -204,15 +208,15 @@ class _Remembered:
         self.right = self._right(factory.ruling.heads, factory.ruling.thresholds)
 
     def beside(self, search: Recorded, heads: Heads, rare: NDArray[np.bool_], care: float) -> Recorded:
-        """Audits, and of the memory the rare classes: these count by their errors alone, `care` times as much, since hardly any of them will come."""
+        """Audits, and of the memory the rare classes: these count by their errors alone, `care` times as much."""
         outputs = self.factory.outputs(heads, self.rows)
         of_rare = np.flatnonzero(rare[self.labels])
         labelled = replace(outputs, labels=self.labels)
         ours = self.factory.searchable(outputs, excess_error(labelled, self.factory.temperatures)).select(of_rare)
         audited, held = search.loss.shape[1], len(of_rare)
-        little = np.full(held, 1e-3 * audited / max(held, 1))
+        little = np.full(held, LITTLE * audited / max(held, 1))
         confidence = np.concatenate([search.confidence, ours.confidence], axis=1)
-        loss = np.concatenate([search.loss, ours.loss * (care / 1e-3)], axis=1)
+        loss = np.concatenate([search.loss, ours.loss * (care / LITTLE)], axis=1)
         return Recorded(confidence, loss, search.reach_cost, search.try_cost, np.concatenate([np.ones(audited), little]))
 
     def judge(self, heads: Heads, thresholds: NDArray[np.float64], rare: NDArray[np.bool_], most: float) -> tuple[float, bool]:
@@ -235,7 +239,5 @@ class _Remembered:
         return tuple(point.name for point, drop in zip(self.factory.plan.exits, drops) if drop > limit)
 
     def _right(self, heads: Heads, thresholds: NDArray[np.float64]) -> NDArray[np.bool_]:
-        outputs = self.factory.outputs(heads, self.rows)
-        taken = exits_taken(outputs.confidence(self.factory.temperatures, self.factory.profile.policy), thresholds)
-        right: NDArray[np.bool_] = outputs.logits.argmax(axis=2)[taken, np.arange(len(taken))] == self.labels
+        right: NDArray[np.bool_] = self.factory.answers(heads, thresholds, self.rows)[0] == self.labels
         return right

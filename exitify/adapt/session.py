@@ -34,8 +34,8 @@ class LearningSession(Session):
 
     `run` learns; `run_batch`, `record` and `trace` do not. Some inputs, drawn before they are seen, go on to the network's end
     (`Guards.audit`), which takes their callers longer. What is learnt is for the profile that it began with; others, and none, have the
-    artifact's own heads, for which their thresholds were found. Where the
-    artifact holds the times of its segments for this engine here (`exitify measure`), new thresholds save time; else multiply-adds.
+    artifact's own heads, for which their thresholds were found. Where the artifact holds the times of its segments for this engine here
+    (`exitify measure`), new thresholds save time; else multiply-adds.
     """
 
     def __init__(

@@ -399,17 +399,16 @@ class Session:
 
     def _with_all_exits(self, setup: _Setup) -> _Setup:
         """The same with every other exit of the plan run too, and never taken."""
-        known_one = self._whole.get(setup.profile)  # once: another thread may put a newer one there
-        if known_one is None or known_one[0] is not setup:
+        pair = self._whole.get(setup.profile)  # once: another thread may put a newer one there
+        if pair is None or pair[0] is not setup:
             names = [point.name for point in self.artifact.plan.exits]
             known = {step.stretch.exit: step for step in setup.steps}
             temperatures = {name: step.temperature for name, step in known.items()}
             thresholds = {name: known[name].threshold if name in known else np.inf for name in names}
             column = next((step.column for step in setup.steps if step.column >= 0), 0)
             whole = self._assemble(setup.mask, names, temperatures, thresholds, column, setup.profile)
-            known_one = setup, whole
-            self._whole[setup.profile] = known_one
-        return known_one[1]
+            pair = self._whole[setup.profile] = setup, whole
+        return pair[1]
 
     def _with_mask(self, skip: str | Sequence[bool], version: ExitsVersion) -> _Setup:
         """What to run under this mask: the profile if it is its own, else the network without exits."""
