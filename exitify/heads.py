@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -10,7 +11,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitify.errors import PlanError
-from exitify.plan import Cost, HeadSpec, Value
+from exitify.plan import DIMENSIONS, Cost, HeadSpec, Value
+
+KINDS = ("linear", "conv", "mlp", "own")
 
 
 class ExitHead(nn.Module):
@@ -22,8 +25,7 @@ class ExitHead(nn.Module):
 
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__()
-        self.pool = _pool(spec)
-        self.body = _body(spec)
+        self.pool, self.body = _parts(spec)
         self.classifier = nn.Linear(spec.width, spec.classes)
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
@@ -55,33 +57,118 @@ class HeadWithScores(nn.Module):
         return logits, z, torch.cat((top[:, :1], entropy, top[:, :1] - top[:, 1:], renyi_entropy), dim=1)
 
 
-class _MeanOverTokens(nn.Module):
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+class _MeanOver(nn.Module):
+    """The mean over some dimensions."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return value.mean(dim=1)
+        return value.mean(dim=self.dims)
 
 
-class _GlobalAveragePool(nn.Module):
+class _FirstToken(nn.Module):
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return value.mean(dim=(2, 3))
+        return value[:, 0]
 
 
-def _pool(spec: HeadSpec) -> nn.Module:
-    if spec.layout == "tokens":
-        return _MeanOverTokens()
-    if spec.layout == "vector":
-        return nn.Identity()
-    if spec.kind != "conv":
-        return _GlobalAveragePool()
-    return nn.AvgPool2d(spec.pool) if spec.pool > 1 else nn.Identity()
+class _ChannelsFirst(nn.Module):
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.permute(0, 3, 1, 2)
 
 
-def _body(spec: HeadSpec) -> nn.Module:
-    channels = spec.shape[0] if spec.layout == "nchw" else spec.shape[-1]
+class _LayerNormOverChannels(nn.LayerNorm):
+    """Layer norm of `(N, C, H, W)` over C, at each position."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as nn.LayerNorm calls it
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+POSITIONS = {"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,)}
+"""The dimensions that are positions, by layout."""
+
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+}
+
+STEPS = ("mean", "max", "first", "layer_norm:EPS", "batch_norm:EPS", "group_norm:GROUPS:EPS", "linear:WIDTH", "dropout:P", *ACTIVATIONS)
+"""What a head of the kind `own` may be made of, in front of its classifier."""
+
+
+def _parts(spec: HeadSpec) -> tuple[nn.Module, nn.Module]:
+    """Pool and body."""
+    if spec.kind == "own":
+        return _own_parts(spec)
+    channels = spec.channels
+    if spec.kind == "conv":
+        pooled: list[nn.Module] = [_ChannelsFirst()] if spec.layout == "nhwc" else []
+        pooled += [nn.AvgPool2d(spec.pool)] if spec.pool > 1 else []
+        body = nn.Sequential(*_convolution(channels, spec.width), *_convolution(spec.width, spec.width), _MeanOver(2, 3))
+        return (pooled[0] if len(pooled) == 1 else nn.Sequential(*pooled) if pooled else nn.Identity()), body
+    pool = _step("first" if spec.layout == "class_token" else "mean", spec.layout, channels) if spec.layout != "vector" else nn.Identity()
     if spec.kind == "linear":
-        return nn.Identity()
-    if spec.kind == "mlp":
-        return nn.Sequential(nn.Linear(channels, spec.width), nn.ReLU())
-    return nn.Sequential(*_convolution(channels, spec.width), *_convolution(spec.width, spec.width), _GlobalAveragePool())
+        return pool, nn.Identity()
+    return pool, nn.Sequential(nn.Linear(channels, spec.width), nn.ReLU())
+
+
+def _own_parts(spec: HeadSpec) -> tuple[nn.Module, nn.Module]:
+    layout, channels = "tokens" if spec.layout == "class_token" else spec.layout, spec.channels
+    pool: list[nn.Module] = []
+    body: list[nn.Module] = []
+    for step in spec.steps:
+        made = _step(step, layout, channels)
+        has_weights = any(True for _ in made.parameters())
+        (body if body or has_weights or isinstance(made, nn.Dropout) else pool).append(made)
+        if step in ("mean", "max", "first"):
+            layout = "vector"
+        if step.startswith("linear:"):
+            channels = int(step.removeprefix("linear:"))
+    return (pool[0] if len(pool) == 1 else nn.Sequential(*pool) if pool else nn.Identity()), nn.Sequential(*body)
+
+
+def _step(step: str, layout: str, channels: int) -> nn.Module:
+    name, *options = step.split(":")
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]()
+    if name == "mean":
+        return _MeanOver(*POSITIONS[layout])
+    if name == "max":
+        return _MaxOver(*POSITIONS[layout])
+    if name == "first":
+        return _FirstToken()
+    if name == "dropout":
+        return nn.Dropout(float(options[0]))
+    if name == "linear":
+        return nn.Linear(channels, int(options[0]))
+    if name == "layer_norm":
+        return (_LayerNormOverChannels if layout == "nchw" else nn.LayerNorm)(channels, eps=float(options[0]))
+    if name == "batch_norm":
+        return (nn.BatchNorm2d if layout == "nchw" else nn.BatchNorm1d)(channels, eps=float(options[0]))
+    if name == "group_norm":
+        return nn.GroupNorm(int(options[0]), channels, eps=float(options[1]))
+    raise PlanError(f"a head has no step {step!r}", f"there are {', '.join(STEPS)}")
+
+
+class _MaxOver(nn.Module):
+    """The largest over some dimensions."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.amax(dim=self.dims)
 
 
 def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
@@ -89,34 +176,65 @@ def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
     return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
 
 
+# --- which head for which value -------------------------------------------------------------------------------------
+
+
 def looks_channels_last(shape: tuple[int, ...]) -> bool:
     """Whether a map's three sides look like `(H, W, C)`: the first two alike, and the last not."""
     return shape[0] == shape[1] != shape[2]
 
 
-def head_spec(kind: str, value: Value, name: str, classes: int) -> HeadSpec:
+def head_spec(
+    kind: str, value: Value, name: str, classes: int, *, layout: str = "", own: tuple[str, ...] | None = None, own_width: int = 0
+) -> HeadSpec:
     """Return a head of this kind for a value.
 
+    Args:
+        kind: One of `KINDS`. value: What it reads, called `name`. classes: How many it tells apart.
+        layout: How the value is laid out (see `HeadSpec`), by default as its shape looks.
+        own: The steps of the network's own head, None where it cannot stand elsewhere; own_width: what its classifier
+            reads, 0 for the value's channels.
+
     Raises:
-        PlanError: no head reads a value of this shape.
+        PlanError: no head, or not this one, reads a value of this shape.
     """
-    layouts: dict[int, Literal["nchw", "tokens", "vector"]] = {3: "nchw", 2: "tokens", 1: "vector"}
     shape = value.shape
     shown = f"(N, {', '.join(map(str, shape))})"
-    if len(shape) not in layouts or value.dtype != "float32":
-        raise PlanError(f"cannot exit after {name!r}: its value is {value.dtype} {shown}, and a head reads float32 (N, C, H, W), (N, T, C) or (N, C)",
+    if kind not in KINDS:
+        raise PlanError(f"there is no head {kind!r}", f"there are auto, {', '.join(KINDS)}")
+    if not layout:
+        layout = {3: "nhwc" if len(shape) == 3 and looks_channels_last(shape) else "nchw", 2: "tokens", 1: "vector"}.get(len(shape), "")
+    if not layout or len(shape) != DIMENSIONS[layout] or value.dtype != "float32":
+        raise PlanError(f"cannot exit after {name!r}: its value is {value.dtype} {shown}, and a head reads "
+                        "float32 (N, C, H, W), (N, H, W, C), (N, T, C) or (N, C)",
                         "exit after a block of the network")  # fmt: skip
-    if len(shape) == 3 and looks_channels_last(shape):
-        raise PlanError(f"cannot exit after {name!r}: its value {shown} has its channels last, and a head reads (N, C, H, W)",
-                        "exit where the network has channels first")  # fmt: skip
-    layout = layouts[len(shape)]
-    if kind == "conv" and layout != "nchw":
+    if kind == "conv" and layout not in ("nchw", "nhwc"):
         raise PlanError(f"a conv head cannot read {name!r}, of shape {shown}", "`--head linear` or `--head mlp`")
     channels = shape[0] if layout == "nchw" else shape[-1]
+    if kind == "own":
+        steps = _own_steps(own, layout, name)
+        return HeadSpec("own", cast(Any, layout), shape, 1, own_width or channels, classes, steps)
     width = channels if kind == "linear" else 64 if classes <= 100 else 128 if kind == "conv" else 512
-    pool = max(1, round(min(shape[1:]) / 8)) if kind == "conv" else 1
-    assert kind in get_args(Literal["linear", "conv", "mlp"])
-    return HeadSpec(kind, layout, shape, pool, width, classes)  # type: ignore[arg-type]
+    sides = shape[1:] if layout == "nchw" else shape[:2]
+    pool = max(1, round(min(sides) / 8)) if kind == "conv" else 1
+    assert layout in get_args(HeadSpec.__annotations__["layout"]) or layout in DIMENSIONS
+    return HeadSpec(cast(Any, kind), cast(Any, layout), shape, pool, width, classes)
+
+
+def _own_steps(own: tuple[str, ...] | None, layout: str, name: str) -> tuple[str, ...]:
+    """The own head's steps, as they are on a value of this layout."""
+    if own is None:
+        raise PlanError(
+            "the network's own head cannot stand elsewhere: it is more than norms, a pool and linear layers", "`--head linear`, `conv` or `mlp`"
+        )
+    pools = [step for step in own if step in ("mean", "max", "first")]
+    if layout == "vector":
+        return tuple(step for step in own if step not in pools)
+    if layout == "class_token":
+        return own if pools == ["first"] else tuple("first" if step in pools else step for step in own)
+    if not pools:
+        raise PlanError(f"the network's own head reads a vector, and {name!r} is none", "`--head linear`, `conv` or `mlp`")
+    return tuple("mean" if step == "first" else step for step in own)
 
 
 def head_cost(spec: HeadSpec) -> Cost:

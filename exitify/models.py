@@ -182,7 +182,8 @@ def _refuse_train_mode(module: nn.Module, path: Path) -> None:
     for node in cast(torch.fx.GraphModule, module).graph.nodes:
         arguments = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
         given = {argument.name: value for argument, value in zip(arguments, node.args)} | dict(node.kwargs)
-        if given.get("train") is True or given.get("training") is True:
+        has_no_statistics = "running_mean" in given and given["running_mean"] is None  # it computes the same in both modes
+        if (given.get("train") is True or given.get("training") is True) and not has_no_statistics:
             raise ModelError(f"{path} was exported in train mode: {node.name} runs as in training", "call model.eval() before torch.export.export")
 
 

@@ -20,12 +20,23 @@ FINAL = "final"
 SCORES = ("top1", "entropy", "margin", "renyi_entropy")
 """What a head's `scores` holds, in order: largest probability, entropy (nats), gap between the two largest, entropy of p²/Σp²."""
 
+DIMENSIONS = {"nchw": 3, "nhwc": 3, "tokens": 2, "class_token": 2, "vector": 1}
+"""How many dimensions a value of each layout has, without the batch."""
+
 BOUNDARY_MACS = 2_000_000
 """What an exit costs beside its head's multiply-adds, as multiply-adds: 40 µs at 50 GMAC/s, one x86 core.
 
 A third of it is the boundary, an engine call and tensors that leave it; the rest is the head's many small operators,
 which take longer than their multiply-adds say (docs/measurements.md).
 """
+
+BYTE_MACS = 6
+"""What each byte that crosses a boundary costs, as multiply-adds: it is written, turned to another memory layout and read again."""
+
+
+def boundary_macs(crossing_bytes: int) -> int:
+    """What a boundary costs that hands on so many bytes, as multiply-adds."""
+    return BOUNDARY_MACS + BYTE_MACS * crossing_bytes
 
 
 Mask = tuple[bool, ...]
@@ -71,23 +82,33 @@ class Cost:
 class HeadSpec:
     """A head's shape: enough to build it again.
 
-    kind: `linear` (pool, classify), `conv` (two 3x3 convolutions with norms first), `mlp` (one hidden layer).
-    layout: How the value is laid out: `nchw`, `tokens` (N, T, C) or `vector` (N, C).
+    kind: `linear` (pool, classify), `conv` (two 3x3 convolutions with norms first), `mlp` (one hidden layer), or `own`, as
+        the network's own head is built.
+    layout: How the value is laid out: `nchw`, `nhwc`, `tokens` (N, T, C), `class_token` (the same, and the first token
+        answers) or `vector` (N, C).
     shape: The value's shape without the batch.
     pool: Side of the pooling window that comes first, 1 for none; it has no weights.
     width: Channels inside, and features that the classifier reads; for `linear` those of the value.
+    steps: For `own`: what comes before the classifier, as `exitify.heads.STEPS` names it (`mean`, `layer_norm:1e-06`).
     """
 
-    kind: Literal["linear", "conv", "mlp"]
-    layout: Literal["nchw", "tokens", "vector"]
+    kind: Literal["linear", "conv", "mlp", "own"]
+    layout: Literal["nchw", "nhwc", "tokens", "class_token", "vector"]
     shape: tuple[int, ...]
     pool: int
     width: int
     classes: int
+    steps: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """How many numbers the value has at each of its positions."""
+        return self.shape[0] if self.layout == "nchw" else self.shape[-1]
 
     def __str__(self) -> str:
         pool = f" pool {self.pool}" if self.pool > 1 else ""
-        return f"{self.kind}{pool} {'x'.join(map(str, self.shape))} -> {self.width} -> {self.classes}"
+        steps = f" {', '.join(self.steps)}" if self.steps else ""
+        return f"{self.kind}{pool}{steps} {'x'.join(map(str, self.shape))} -> {self.width} -> {self.classes}"
 
 
 @dataclass(frozen=True)
@@ -209,7 +230,8 @@ class Stretch:
 class Plan:
     """Exits and skip paths (decisions) and segments (what follows from them), over named values.
 
-    input: The value that the caller gives. output: The network's own logits, `(N, classes)`.
+    input: The value that the caller gives. more_inputs: Others, where the network reads several.
+    output: The network's own logits, `(N, classes)`.
     exits, skips: In the order in which a run comes to them.
     values: Shape and dtype of every value that crosses between segments, of the input and of all outputs.
     """
@@ -220,6 +242,12 @@ class Plan:
     segments: tuple[Segment, ...] = ()
     values: Mapping[str, Value] = field(default_factory=dict)
     skips: tuple[SkipPath, ...] = ()
+    more_inputs: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """All values that the caller gives, in order."""
+        return (self.input, *self.more_inputs)
 
     def exit(self, name: str) -> ExitPoint:
         """The exit of that name.
@@ -352,9 +380,9 @@ class Plan:
         _refuse_twice("segment", [segment.name for segment in self.segments])
         _refuse_twice("exit", [point.name for point in self.exits])
         _refuse_twice("skip path", [path.name for path in self.skips])
-        _refuse_twice("value", [self.input, *(value for segment in self.segments for value in segment.outputs)])
+        _refuse_twice("value", [*self.inputs, *(value for segment in self.segments for value in segment.outputs)])
         _refuse_twice("node", [node for segment in self.segments for node in segment.nodes])
-        known = {self.input}
+        known = set(self.inputs)
         for segment in self.segments:
             for value in segment.inputs:
                 if value not in known:
@@ -394,7 +422,7 @@ class Plan:
         if answer is not None and answer.name in self._ancestors((point.logits,)):
             raise PlanError(f"exit {point.name!r} needs the network's own output", "exit before it")
         read = self.values.get(point.after)
-        dimensions = {"nchw": 3, "tokens": 2, "vector": 1}[point.head.layout]
+        dimensions = DIMENSIONS[point.head.layout]
         sizes = (*point.head.shape, point.head.pool, point.head.width, point.head.classes)
         if read is None or read.shape != point.head.shape or len(point.head.shape) != dimensions or min(sizes) < 1:
             raise PlanError(f"the head of exit {point.name!r} does not fit the value {point.after!r} that it reads")
@@ -406,7 +434,7 @@ class Plan:
     def text(self) -> str:
         """The plan as lines of text, the same for the same plan: for people, and for golden tests."""
         full = max(self.full_macs, 1) if self.segments else 1
-        lines = [f"plan {self.input} -> {self.output}"]
+        lines = [f"plan {', '.join(self.inputs)} -> {self.output}"]
         reach = self.macs_at([point.name for point in self.exits]) if self.segments else {}
         for point in self.exits:
             share = f" at {reach[point.name] / full:.3f}" if reach else ""

@@ -29,11 +29,13 @@ class ExitOutputs:
     logits: One tensor an exit, in the same order.
     stages: What each stage with a skip path gave to what follows it, in the plan's order: with the path left out, what
         stands in for it.
+    output: What the original model returned: the last logits, or a tuple, dict or dataclass with whatever else is in it.
     """
 
     names: tuple[str, ...]
     logits: tuple[torch.Tensor, ...]
     stages: tuple[torch.Tensor, ...] = ()
+    output: Any = None
 
     @property
     def final(self) -> torch.Tensor:
@@ -105,11 +107,11 @@ class Program(nn.Module):
         result._frozen = set(self._frozen)
         return result
 
-    def forward(self, *inputs: torch.Tensor, skip: str | Sequence[bool] | None = None, all_exits: bool | None = None) -> Any:
+    def forward(self, *inputs: torch.Tensor, skip: str | Sequence[bool] | None = None, all_exits: bool | None = None, **named: torch.Tensor) -> Any:
         """Run the network.
 
         Args:
-            *inputs: What the original model takes.
+            *inputs, **named: What the original model takes; of several what the example that it was captured with gave.
             skip: Which skip paths to leave out, one bool each in the plan's order, or text (see `Plan.mask`); None leaves none out.
             all_exits: True returns `ExitOutputs`, False the original output; None means True in `train()`, False in `eval()`.
 
@@ -121,11 +123,11 @@ class Program(nn.Module):
         if (wants_all, mask) not in self._functions:
             graph = self.masked_graph(mask)
             self._functions[wants_all, mask] = compile_graph(self._with_exits(graph) if wants_all else self._without_exits(graph))
-        result = self._functions[wants_all, mask](self, *inputs)
+        result = self._functions[wants_all, mask](self, *inputs, **named)
         if not wants_all:
             return result
         names = self.plan.exit_names
-        return ExitOutputs(names, tuple(result[: len(names)]), tuple(result[len(names) :]))
+        return ExitOutputs(names, tuple(result[: len(names)]), tuple(result[len(names) : -1]), result[-1])
 
     def freeze_backbone(self) -> Program:
         """Leave only the heads to be trained: no gradients elsewhere, and norm statistics, dropout and drop-path at rest too."""
@@ -176,7 +178,13 @@ class Program(nn.Module):
         nodes = {node.name: node for node in graph.nodes}
         exits = [nodes[self.head_node(name).name] for name in self.plan.exit_names if name != FINAL]
         stages = [nodes[path.after] if path.after in nodes else nodes[path.before] for path in self.plan.skips]
-        return extract(graph, [*exits, nodes[self.plan.output], *stages])
+        output = next(node for node in graph.nodes if node.op == "output").args[0]
+        whole = extract(graph, [*exits, nodes[self.plan.output], *stages, *_nodes_in(output)])
+        own = {node.name: node for node in whole.nodes}
+        last = own["output"]
+        listed: Any = last.args[0]
+        last.args = ((*listed[: len(listed) - len(_nodes_in(output))], fx.node.map_arg(output, lambda node: own[node.name])),)
+        return whole
 
     def _without_exits(self, graph: fx.Graph) -> fx.Graph:
         for node in reversed(graph.nodes):
@@ -194,7 +202,7 @@ class Program(nn.Module):
         self.plan.check()
         nodes = {node.name: node for node in self.graph.nodes}
         second = {name.removeprefix(f"{SKIP_NORMS}.") for name in self.state_dict() if name.startswith(f"{SKIP_NORMS}.")}
-        for name in (self.plan.input, self.plan.output):
+        for name in (*self.plan.inputs, self.plan.output):
             if name not in nodes:
                 raise PlanError(f"the plan names {name!r}, which the graph does not compute")
         for node in self.graph.nodes:
@@ -220,8 +228,8 @@ class Program(nn.Module):
         for name in owner:
             if name not in nodes:
                 raise PlanError(f"segment {owner[name]!r} holds {name!r}, which the graph does not compute")
-        for name in carriers(self.graph, self.plan.input):
-            if name != self.plan.input and name not in owner:
+        for name in carriers(self.graph, *self.plan.inputs):
+            if name not in self.plan.inputs and name not in owner:
                 raise PlanError(f"no segment computes {name!r}")
 
     def __str__(self) -> str:
@@ -247,6 +255,13 @@ def norm_tensors(program: Program, name: str) -> tuple[str, ...]:
     return tuple(str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
 
 
+def _nodes_in(output: Any) -> list[fx.Node]:
+    """The nodes in what a graph returns."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(output, found.append)
+    return found
+
+
 def _switch(graph: fx.Graph, node: fx.Node) -> None:
     """Let a norm read its second set."""
     if node.op == "call_module":
@@ -269,15 +284,15 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return result, renamed
 
 
-def carriers(graph: fx.Graph, start: str) -> list[str]:
-    """Return `start` and, in order, the nodes computed from what it holds.
+def carriers(graph: fx.Graph, *starts: str) -> list[str]:
+    """Return `starts` and, in order, the nodes computed from what they hold.
 
     Left out: parameters and what is computed from them alone, and what reads only a tensor's size, type or device:
     every segment can work those out for itself. A node that uses a size is a carrier only if it reads a carrier too.
     """
     carrying: dict[str, None] = {}
     for node in graph.nodes:
-        is_start = node.op == "placeholder" and node.name == start
+        is_start = node.op == "placeholder" and node.name in starts
         is_computed = node.op not in ("output", "placeholder", "get_attr") and not _reads_no_values(node)
         if is_start or (is_computed and any(source.name in carrying for source in node.all_input_nodes)):
             carrying[node.name] = None

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from exitify.errors import PlanError
-from exitify.heads import head_cost, head_spec
+from exitify.heads import KINDS, head_cost, head_spec
 from exitify.passes.base import Pass
-from exitify.passes.cost import node_costs, value_cost
-from exitify.passes.dataflow import cut_values, dataflow, strictly_between
-from exitify.plan import BOUNDARY_MACS, Cost, ExitPoint, HeadSpec
+from exitify.passes.dataflow import dataflow
+from exitify.passes.exit_places import Place, Places, skippable
+from exitify.passes.own_head import OwnHead, own_head
+from exitify.plan import ExitPoint, HeadSpec, boundary_macs
 from exitify.program import Program
 
 OVERHEAD_SHARE = 0.12
@@ -33,26 +34,31 @@ class Considered:
 
     share: Cost of reaching it, as a share of the network's.
     verdict: `exit`, or why it is not one.
+    crossing, crossing_bytes: How many tensors a cut there hands on, and their bytes for one sample.
     """
 
     value: str
     place: str
     share: float
     verdict: str
+    crossing: int = 1
+    crossing_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class ChooseExits(Pass):
     """Decide after which values the network may stop.
 
-    `auto` and a number take values through which everything passes, spaced evenly by cost with heads counted; of
-    neighbours with the same cost the last. `auto` places as many as heads and boundaries are worth, which may be none.
-    Names, of modules (`layer2.3`) or graph nodes, may be any value: what else is still needed crosses the cut too. No exit
-    stands inside of what may be left out.
+    `auto` and a number take values spaced evenly by cost with heads and boundaries counted; of neighbours with the same cost the
+    last. They are values through which everything passes, and, where a network has none for long (columns, branches, dense
+    connections), the ends of modules that use nearly all that is computed up to them. `auto` places as many as heads and boundaries
+    are worth, which may be none. Names, of modules (`layer2.3`) or graph nodes, may be any value: what else is still needed
+    crosses the cut too. No exit stands inside of what may be left out.
 
     Attributes:
-        exits: `auto`, `none`, a number, or names separated by commas.
-        head: `auto` (convolutional where a feature map is large enough and the network is too), `linear`, `conv`, `mlp`.
+        exits: `auto`, `none`, a number, or names separated by commas; after a name may follow the kind of its head, `layer2.3:conv`.
+        head: `auto` (convolutional where a feature map is large enough and the network is too), `linear`, `conv`, `mlp`, or `own`, built
+            as the network's own is.
     """
 
     name: ClassVar[str] = "choose-exits"
@@ -67,55 +73,49 @@ class ChooseExits(Pass):
         """Return the exits and everything that was considered."""
         if program.plan.exits:
             raise PlanError("this network has exits already", "transform the original model")
-        costs = node_costs(program)
-        full = value_cost(program, costs, program.plan.output)
+        places = Places(program)
+        chooser = HeadChooser(places)
         if self.exits not in ("auto", "none") and not self.exits.isdecimal():
-            values = [_find_value(program, name.strip()) for name in self.exits.split(",")]
-            shares = {value: value_cost(program, costs, value).macs / max(full.macs, 1) for value in values}
-            chosen = sorted(dict.fromkeys(values), key=lambda value: (shares[value], list(program.values).index(value)))
-            heads = [self._head_for(program, value, full) for value in chosen]
-            considered = [Considered(value, _ends_module(program, value), shares[value], "exit") for value in chosen]
-            for value, name in _skippable(program).items():
-                if value in chosen:
-                    hint = "exit after a whole stage or its mandatory blocks, or leave out others: --skips"
-                    raise PlanError(f"cannot exit after {value!r}: it lies in what {name} may leave out", hint)
+            chosen, considered = self._named(places, chooser)
         else:
-            chosen, heads, considered = self._spaced(program, costs, full)
-        points = tuple(ExitPoint(f"exit{i}", value, _ends_module(program, value), head) for i, (value, head) in enumerate(zip(chosen, heads), 1))
+            chosen, considered = self._spaced(places, chooser)
+        points = tuple(ExitPoint(f"exit{i}", place.value, place.place, head) for i, (place, head) in enumerate(chosen, 1))
         return points, considered
 
-    def _spaced(self, program: Program, costs: dict[str, Cost], full: Cost) -> tuple[list[str], list[HeadSpec], list[Considered]]:
-        shares: dict[str, float] = {}
-        verdicts: dict[str, str] = {}
+    def _named(self, places: Places, chooser: HeadChooser) -> tuple[list[tuple[Place, HeadSpec]], list[Considered]]:
+        program, kinds = places.program, dict[str, str]()
+        for item in self.exits.split(","):
+            name, colon, kind = item.strip().rpartition(":")
+            kinds[_find_value(program, name if colon else kind)] = kind if colon else self.head
+        within = skippable(program)
+        for value in kinds.keys() & within.keys():
+            hint = "exit after a whole stage or its mandatory blocks, or leave out others: --skips"
+            raise PlanError(f"cannot exit after {value!r}: it lies in what {within[value]} may leave out", hint)
+        found = sorted((places.at(value) for value in kinds), key=lambda place: (place.share, places.order[place.value]))
+        chosen = [(place, chooser.head(kinds[place.value], place.value)) for place in found]
+        return chosen, [_considered(place, "exit") for place in found]
+
+    def _spaced(self, places: Places, chooser: HeadChooser) -> tuple[list[tuple[Place, HeadSpec]], list[Considered]]:
+        looked_at, verdicts = sensible_places(places)
         heads: dict[str, HeadSpec] = {}
-        candidates = [value for value in cut_values(program) if value != program.plan.input]
-        for value in candidates:
-            shares[value] = value_cost(program, costs, value).macs / max(full.macs, 1)
-        skippable = _skippable(program)
-        for value, following in zip(candidates, [*candidates[1:], program.plan.output]):
-            if value not in program.values:
-                verdicts[value] = "its first dimension is not the batch"
-            elif value in skippable:
-                verdicts[value] = f"it lies in what {skippable[value]} may leave out"
-            elif not EARLIEST <= shares[value] <= LATEST:
-                verdicts[value] = f"outside {EARLIEST:.0%} to {LATEST:.0%} of the cost"
-            elif shares.get(following) == shares[value] and following in program.values:
-                verdicts[value] = f"{following} comes at the same cost"
-            else:
+        for place in looked_at:
+            if place.value not in verdicts:
                 try:
-                    heads[value] = self._head_for(program, value, full)
+                    heads[place.value] = chooser.head(self.head, place.value)
                 except PlanError as error:
-                    verdicts[value] = error.problem
-        overhead = {value: (head_cost(head).macs + BOUNDARY_MACS) / max(full.macs, 1) for value, head in heads.items()}
+                    verdicts[place.value] = error.problem
+        by_value = {place.value: place for place in looked_at}
+        full = max(places.full.macs, 1)
+        overhead = {value: (head_cost(head).macs + boundary_macs(by_value[value].crossing_bytes)) / full for value, head in heads.items()}
         count = self._count(overhead)
-        chosen = _evenly(list(heads), shares, count)
+        shares = {value: by_value[value].share for value in heads}
+        chosen = _evenly(shares, count)
         while self.exits == "auto" and sum(overhead[value] for value in chosen) > OVERHEAD_SHARE:  # heads dearer than the mean
             count -= 1
-            chosen = _evenly(list(heads), shares, count)
+            chosen = _evenly(shares, count)
         for value in heads:
             verdicts[value] = "exit" if value in chosen else f"not among the {count} spaced evenly" if count else self._why_none(overhead)
-        considered = [Considered(value, _ends_module(program, value), shares[value], verdicts[value]) for value in candidates]
-        return chosen, [heads[value] for value in chosen], considered
+        return [(by_value[value], heads[value]) for value in chosen], [_considered(place, verdicts[place.value]) for place in looked_at]
 
     def _count(self, overhead: dict[str, float]) -> int:
         if self.exits == "none":
@@ -134,47 +134,85 @@ class ChooseExits(Pass):
             return "no exits asked for"
         return f"an exit would add {min(overhead.values()):.0%} to every run that passes it, over {OVERHEAD_SHARE:.0%}"
 
-    def _head_for(self, program: Program, value: str, full: Cost) -> HeadSpec:
-        classes = program.values[program.plan.output].shape[-1]
-        if self.head not in ("auto", "linear", "conv", "mlp"):
-            raise PlanError(f"there is no head {self.head!r}", "there are auto, linear, conv, mlp")
-        if value == program.plan.output:
+
+def sensible_places(places: Places) -> tuple[list[Place], dict[str, str]]:
+    """All places that are looked at, in order, and of some why no exit stands there."""
+    narrow = places.narrow()
+    found = sorted([*narrow, *places.wide(narrow)], key=lambda place: places.order[place.value])
+    within = skippable(places.program)
+    shares = {place.value: place.share for place in found}
+    verdicts: dict[str, str] = {}
+    following_values = [*(place.value for place in found[1:]), places.program.plan.output]
+    for place, following in zip(found, following_values):
+        value, share = place.value, place.share
+        if value not in places.program.values:
+            verdicts[value] = "its first dimension is not the batch"
+        elif value in within:
+            verdicts[value] = f"it lies in what {within[value]} may leave out"
+        elif not EARLIEST <= share <= LATEST:
+            verdicts[value] = f"outside {EARLIEST:.0%} to {LATEST:.0%} of the cost"
+        elif shares.get(following) == share and following in places.program.values:
+            verdicts[value] = f"{following} comes at the same cost"
+    return found, verdicts
+
+
+class HeadChooser:
+    """Which head reads which value of one network."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.program = places.program
+        self.classes = self.program.values[self.program.plan.output].shape[-1]
+        self._own: OwnHead | None = None
+        self._has_read_own = False
+
+    @property
+    def own(self) -> OwnHead | None:
+        """The network's own head, None where it is of a kind that cannot stand elsewhere."""
+        if not self._has_read_own:
+            self._own, self._has_read_own = own_head(self.program), True
+        return self._own
+
+    def head(self, kind: str, value: str) -> HeadSpec:
+        """The head of this kind for a value; `auto` chooses by its share of the network's cost.
+
+        Raises:
+            PlanError: no head, or none of this kind, reads the value.
+        """
+        if kind not in ("auto", *KINDS):
+            raise PlanError(f"there is no head {kind!r}", f"there are auto, {', '.join(KINDS)}")
+        if value == self.program.plan.output:
             raise PlanError(f"cannot exit after {value!r}: it is the network's own answer", "exit after an earlier block")
-        if self.head != "auto":
-            return head_spec(self.head, program.values[value], value, classes)
-        spec = head_spec("linear", program.values[value], value, classes)
-        if spec.layout == "nchw" and min(spec.shape[1:]) >= 4:
-            larger = head_spec("conv", program.values[value], value, classes)
-            if head_cost(larger).macs <= HEAD_SHARE * full.macs:
+        if kind != "auto":
+            return self._spec(kind, value)
+        spec = self._spec("linear", value)
+        sides = {"nchw": spec.shape[1:], "nhwc": spec.shape[:2]}.get(spec.layout, ())
+        if sides and min(sides) >= 4:
+            larger = self._spec("conv", value)
+            if head_cost(larger).macs <= HEAD_SHARE * self.places.full.macs:
                 return larger
         return spec
 
+    def _spec(self, kind: str, value: str) -> HeadSpec:
+        shape = self.program.values[value].shape
+        layout = self.places.layout_of(value)
+        if len(shape) == 2 and self.own is not None and "first" in self.own.steps:
+            layout = "class_token"
+        steps, width = (self.own.steps, self.own.width) if kind == "own" and self.own is not None else (None, 0)
+        return head_spec(kind, self.program.values[value], value, self.classes, layout=layout, own=steps, own_width=width)
 
-def _skippable(program: Program) -> dict[str, str]:
-    """Values that are not computed while a skip path is left out, each with the path's name."""
-    flow = dataflow(program)
-    return {value: path.name for path in program.plan.skips for value in strictly_between(flow, path.before, path.after)}
+
+def _considered(place: Place, verdict: str) -> Considered:
+    return Considered(place.value, place.place, place.share, verdict, len(place.crossing), place.crossing_bytes)
 
 
-def _evenly(candidates: list[str], shares: dict[str, float], count: int) -> list[str]:
-    """`count` candidates nearest to evenly spaced shares, no two the same."""
+def _evenly(shares: dict[str, float], count: int) -> list[str]:
+    """`count` values nearest to evenly spaced shares, no two the same, in the order given."""
     chosen: list[str] = []
     for i in range(1, count + 1):
-        free = [value for value in candidates if value not in chosen]
+        free = [value for value in shares if value not in chosen]
         chosen.append(min(free, key=lambda value: abs(shares[value] - i / (count + 1))))
-    return sorted(chosen, key=candidates.index)
-
-
-def _ends_module(program: Program, value: str) -> str:
-    """The outermost module whose last value this is; else the one that computes it, else its own name."""
-    place = program.places[value]
-    parts = place.split(".") if place else []
-    for depth in range(1, len(parts) + 1):
-        outer = ".".join(parts[:depth])
-        inside = [v for v, inner in program.places.items() if v in program.values and f"{inner}.".startswith(f"{outer}.")]
-        if inside and inside[-1] == value:
-            return outer
-    return place or value
+    return sorted(chosen, key=list(shares).index)
 
 
 def _find_value(program: Program, name: str) -> str:

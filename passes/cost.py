@@ -22,17 +22,18 @@ def node_costs(program: Program) -> dict[str, Cost]:
     additions count as zero there, and show in the bytes.
     """
     costs: dict[str, Cost] = {}
+    own = {name: parameter.numel() for name, parameter in program.named_parameters()}
 
     class Meter(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             with FlopCounterMode(display=False) as counter:
                 result = super().run_node(n)
             if n.op in ("call_module", "call_function", "call_method"):
-                costs[n.name] = Cost(counter.get_total_flops() // 2, _parameters_read(program, n), _bytes(result))
+                costs[n.name] = Cost(counter.get_total_flops() // 2, _parameters_read(program, n, own), _bytes(result))
             return result
 
     with in_mode(program, training=False), torch.no_grad(), _attention_as_products():
-        Meter(program, graph=program.graph).run(example_input(program.values[program.plan.input]).to(device_of(program)))
+        Meter(program, graph=program.graph).run(*(example_input(program.values[name]).to(device_of(program)) for name in program.plan.inputs))
     return costs
 
 
@@ -65,11 +66,11 @@ def example_input(value: Value, batch: int = 1) -> torch.Tensor:
     return torch.zeros(batch, *value.shape, dtype=getattr(torch, value.dtype))
 
 
-def _parameters_read(program: Program, node: fx.Node) -> int:
+def _parameters_read(program: Program, node: fx.Node, own: dict[str, int]) -> int:
     if node.op == "call_module":
         return sum(parameter.numel() for parameter in program.get_submodule(str(node.target)).parameters())
     read = {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
-    return sum(program.get_parameter(name).numel() for name in read if name in dict(program.named_parameters()))
+    return sum(own.get(name, 0) for name in read)
 
 
 def _bytes(result: Any) -> int:

@@ -32,12 +32,12 @@ class CutSegments(Pass):
 
     def apply(self, program: Program) -> Program:
         flow = dataflow(program)
-        order = [node.name for node in program.graph.nodes if node.name in flow and node.name != program.plan.input]
+        order = [node.name for node in program.graph.nodes if node.name in flow and node.name not in program.plan.inputs]
         heads = {point.name: program.head_node(point.name).name for point in program.plan.exits}
         owned: set[str] = set()
         pieces: list[_Piece] = []
         for goal, value in _goals(program, flow):
-            needed = (nx.ancestors(flow, value) | {value}) - owned - {program.plan.input}
+            needed = (nx.ancestors(flow, value) | {value}) - owned - set(program.plan.inputs)
             pieces.append(_Piece(goal, tuple(name for name in order if name in needed)))
             owned |= needed
         readers = _readers(program, pieces)
@@ -48,7 +48,7 @@ class CutSegments(Pass):
                 segments.append(_segment(program, piece, readers, costs))
             if piece.goal in heads:
                 segments.append(_head(program.plan, piece.goal, heads[piece.goal]))
-        crossing = {value for segment in segments for value in (*segment.inputs, *segment.outputs)} | {program.plan.input, program.plan.output}
+        crossing = {value for segment in segments for value in (*segment.inputs, *segment.outputs)} | {*program.plan.inputs, program.plan.output}
         values = {name: value for name, value in program.values.items() if name in crossing}
         for point in program.plan.exits:
             shapes = {point.logits: (point.head.classes,), point.features: (point.head.width,), point.scores: (len(SCORES),)}
@@ -92,7 +92,7 @@ def _readers(program: Program, pieces: list[_Piece]) -> dict[str, set[str]]:
             if source in seen:
                 continue
             seen.add(source)
-            if source.name in owner or source.name == program.plan.input:
+            if source.name in owner or source.name in program.plan.inputs:
                 readers.setdefault(source.name, set()).add(reader)
             else:
                 pending.extend(source.all_input_nodes)

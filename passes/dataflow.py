@@ -6,10 +6,13 @@ import networkx as nx
 
 from exitify.program import Program, carriers
 
+CALLER = "the caller"
+"""What gives all inputs; no node has a space in its name."""
+
 
 def dataflow(program: Program) -> nx.DiGraph:
     """Return the graph of the tensors computed from the input, as `exitify.program.carriers` tells them."""
-    names = set(carriers(program.graph, program.plan.input))
+    names = set(carriers(program.graph, *program.plan.inputs))
     flow = nx.DiGraph()
     flow.add_nodes_from(node.name for node in program.graph.nodes if node.name in names)
     for node in program.graph.nodes:
@@ -27,9 +30,10 @@ def strictly_between(flow: nx.DiGraph, before: str, after: str) -> set[str]:
 def cut_values(program: Program) -> list[str]:
     """Values through which everything passes on the way from input to output, in order: the dominators of the output."""
     flow = dataflow(program)
-    immediate = nx.immediate_dominators(flow, program.plan.input)
-    chain, name = [], program.plan.output
-    while name != program.plan.input:
-        name = immediate[name]
+    flow.add_edges_from((CALLER, name) for name in program.plan.inputs)
+    immediate = nx.immediate_dominators(flow, CALLER)
+    chain, name = [], immediate[program.plan.output]
+    while name != CALLER:
         chain.append(name)
+        name = immediate[name]
     return chain[::-1]

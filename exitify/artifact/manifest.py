@@ -9,7 +9,7 @@ from typing import Literal
 from exitify.errors import DataError
 from exitify.plan import FINAL, Plan
 
-FORMAT = 3
+FORMAT = 4
 """The version of the format that this release writes, and the only one it reads."""
 
 

@@ -27,7 +27,7 @@ def reestimate_norms(program: Program, batches: Iterable[torch.Tensor | tuple[to
         How many samples were used.
 
     Raises:
-        PlanError: the program has no skip paths, or comes from `torch.export`. DataError: no sample was given, or a single one.
+        PlanError: the program has no skip paths, or norms of a `.pt2` that stay as in `eval()`. DataError: no sample was given, or a single one.
     """
     if not program.plan.skips:
         raise PlanError("the network has no skip paths, and so one set of norms", 'exitify.transform(model, example, skips="auto")')

@@ -210,16 +210,16 @@ def test_a_flipped_byte_is_found_when_the_container_was_written_anew(artifact):
 
 @pytest.mark.parametrize(
     ("version", "shown"),
-    [(2, "2"), (4, "4"), (0, "0"), (-1, "-1"), ("3", "'3'"), (True, "True"), (3.0, r"3\.0"), (None, "None"), ([3], r"\[3\]"), ("9" * 100, "'9{39}")],
+    [(3, "3"), (5, "5"), (0, "0"), (-1, "-1"), ("4", "'4'"), (True, "True"), (4.0, r"4\.0"), (None, "None"), ([4], r"\[4\]"), ("9" * 100, "'9{39}")],
 )
 def test_an_unknown_format_is_refused_with_both_numbers(artifact, version, shown):
-    with refused("format is 3", match=f"has format {shown}, and this release reads 3$|has format {shown}, and this release reads 3\n"):
+    with refused("format is 4", match=f"has format {shown}, and this release reads 4$|has format {shown}, and this release reads 4\n"):
         parse_artifact(with_document(artifact, lambda document: document.update(format=version)))
 
 
 def test_a_manifest_without_a_format_is_refused(artifact):
     for text in (b"{}", b"[]", b"1", b'"manifest"', b"null"):
-        with refused("format is 3", match="has format None, and this release reads 3"):
+        with refused("format is 4", match="has format None, and this release reads 4"):
             parse_artifact(packed({**files_of(artifact), MANIFEST: text}))
 
 
@@ -306,7 +306,7 @@ def test_a_file_that_is_not_listed_is_refused(artifact):
 
 def test_a_file_that_the_format_does_not_know_is_refused_though_listed(artifact):
     for path in ("notes.txt", "model/trunk_exit3.onnx", "profiles/deep/er.json", "profiles/default.txt", "model/weights.bin"):
-        with refused("every file there is one that this format knows", match=f"holds '{path}', which format 3 does not know"):
+        with refused("every file there is one that this format knows", match=f"holds '{path}', which format 4 does not know"):
             reopened(build_artifact(artifact.manifest, {**artifact.files, path: b"{}"}))
 
 

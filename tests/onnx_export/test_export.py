@@ -132,7 +132,7 @@ def test_a_value_that_the_network_overwrites_later_is_read_as_it_was():
     """`in_place` has its second exit before a ReLU that writes to its input."""
     _, artifact = exported("in_place")
     assert [point.after for point in artifact.plan.exits] == ["block1_relu", "add_1"]
-    features = Session(artifact).record(inputs(4)).features["exit2"]
+    features = Session(artifact).record(inputs(64)).features["exit2"]
     assert (features < 0).any()  # means of what no ReLU has seen yet
     assert not any(node.op_type == "Identity" for model in graphs(artifact) for node in model.graph.node)
 
@@ -234,7 +234,7 @@ def test_an_export_that_computes_something_else_is_refused(monkeypatch):
     program, artifact = exported("depthwise")
     record = Session.record
     export_module._compare(artifact, program)
-    for change, gap in ((1.0, r"0\.\d"), (np.nan, "nan")):
+    for change, gap in ((1.0, r"(0\.\d|1)"), (np.nan, "nan")):
 
         def wrong(self: Session, x: np.ndarray, skip: object, change: float = change) -> object:
             recording = record(self, x, skip)

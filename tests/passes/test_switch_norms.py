@@ -127,7 +127,7 @@ def test_norms_of_an_exported_network_switch_with_their_statistics():
     assert [len(path.norms) for path in program.plan.skips] == [2, 2, 2]
     tensors = second_tensors(program)
     assert {name for name in tensors if name.startswith("layer1.")} == {
-        f"layer1.0.bn{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias", "running_mean", "running_var")
+        f"layer1.0.bn{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
     x = images(2)
     before = program(x, skip="all")

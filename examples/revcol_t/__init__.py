@@ -1,0 +1,1 @@
+"""RevCol-T, with a place for an exit after each column."""
