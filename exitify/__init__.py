@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from exitify.onnx_export.static import export_static as export_static
     from exitify.onnx_export.to_artifact import export as export
     from exitify.pipeline import transform as transform
+    from exitify.placement import place_by_data as place_by_data
     from exitify.plan import Plan as Plan
     from exitify.program import ExitOutputs as ExitOutputs
     from exitify.program import Program as Program
@@ -54,6 +55,7 @@ _HOME = {
     "export_static": "exitify.onnx_export.static",
     "load_model": "exitify.models",
     "measure_segments": "exitify.calibration.segment_times",
+    "place_by_data": "exitify.placement",
     "reestimate_norms": "exitify.train.norms",
     "train_heads": "exitify.train.heads",
     "transform": "exitify.pipeline",

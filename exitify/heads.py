@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast, get_args
 
@@ -14,6 +15,7 @@ from exitify.errors import PlanError
 from exitify.plan import DIMENSIONS, Cost, HeadSpec, Value
 
 KINDS = ("linear", "conv", "mlp", "own")
+_KIND = re.compile(r"(linear|conv|mlp|own)|(conv|mlp)([1-9]\d{0,3})")
 
 
 class ExitHead(nn.Module):
@@ -66,6 +68,9 @@ class _MeanOver(nn.Module):
     def __init__(self, *dims: int) -> None:
         super().__init__()
         self.dims = dims
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.dims))
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         return value.mean(dim=self.dims)
@@ -167,6 +172,9 @@ class _MaxOver(nn.Module):
         super().__init__()
         self.dims = dims
 
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.dims))
+
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         return value.amax(dim=self.dims)
 
@@ -190,7 +198,7 @@ def head_spec(
     """Return a head of this kind for a value.
 
     Args:
-        kind: One of `KINDS`. value: What it reads, called `name`. classes: How many it tells apart.
+        kind: One of `KINDS`; `conv` and `mlp` may have a width, `conv128`. value: What it reads, called `name`. classes: How many it tells apart.
         layout: How the value is laid out (see `HeadSpec`), by default as its shape looks.
         own: The steps of the network's own head, None where it cannot stand elsewhere; own_width: what its classifier
             reads, 0 for the value's channels.
@@ -200,8 +208,10 @@ def head_spec(
     """
     shape = value.shape
     shown = f"(N, {', '.join(map(str, shape))})"
-    if kind not in KINDS:
-        raise PlanError(f"there is no head {kind!r}", f"there are auto, {', '.join(KINDS)}")
+    asked = _KIND.fullmatch(kind)
+    if asked is None:
+        raise PlanError(f"there is no head {kind!r}", f"there are auto, {', '.join(KINDS)}, and conv128 for another width")
+    kind = asked[1] or asked[2]
     if not layout:
         layout = {3: "nhwc" if len(shape) == 3 and looks_channels_last(shape) else "nchw", 2: "tokens", 1: "vector"}.get(len(shape), "")
     if not layout or len(shape) != DIMENSIONS[layout] or value.dtype != "float32":
@@ -214,7 +224,7 @@ def head_spec(
     if kind == "own":
         steps = _own_steps(own, layout, name)
         return HeadSpec("own", cast(Any, layout), shape, 1, own_width or channels, classes, steps)
-    width = channels if kind == "linear" else 64 if classes <= 100 else 128 if kind == "conv" else 512
+    width = int(asked[3]) if asked[3] else channels if kind == "linear" else 64 if classes <= 100 else 128 if kind == "conv" else 512
     sides = shape[1:] if layout == "nchw" else shape[:2]
     pool = max(1, round(min(sides) / 8)) if kind == "conv" else 1
     assert layout in get_args(HeadSpec.__annotations__["layout"]) or layout in DIMENSIONS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from exitify.passes.attach_heads import AttachHeads
@@ -12,26 +11,35 @@ from exitify.passes.choose_skips import ChooseSkips
 from exitify.passes.cut_segments import CutSegments
 from exitify.passes.switch_norms import SwitchNorms
 from exitify.program import Program
-from exitify.tracing import capture
+from exitify.tracing import Example, capture
 
 
 def transform(
-    model: nn.Module, example: torch.Tensor, *, exits: str | int = "auto", skips: str | int = "none", head: str = "auto", source: str = ""
+    model: nn.Module,
+    example: Example,
+    *,
+    exits: str | int = "auto",
+    skips: str | int = "none",
+    head: str = "auto",
+    source: str = "",
+    scores: str | int | None = None,
 ) -> Program:
     """Return the model as a Program with fresh heads and second sets of norms, ready to be trained in any loop.
 
     Args:
-        model: A trained network with one input and class scores `(N, classes)` as output.
-        example: One or more inputs, `(N, ...)`.
-        exits: `auto`, `none`, how many, or names of modules or graph nodes separated by commas.
+        model: A trained network that returns class scores `(N, classes)`, alone or among other things.
+        example: What it reads, `(N, ...)`: one tensor, several in order, or by the names of `forward`'s arguments.
+        exits: `auto`, `none`, how many, or names of modules or graph nodes separated by commas, each with the kind
+            of its head if wanted, `layer2.3:conv`.
         skips: `auto`, `none`, how many blocks at the end of each stage may be left out, or names of blocks.
-        head: `auto`, `linear`, `conv` or `mlp`.
+        head: `auto`, `linear`, `conv`, `mlp` (`conv128`: of that width), or `own`, built as the network's own head.
         source: How the user named the model, for the record.
+        scores: Where its class scores are in what it returns, when that is not plain (see `capture`).
 
     Raises:
         ModelError: the model cannot be traced. PlanError: an exit or a skip path cannot stand where it was asked for.
     """
-    return place(capture(model, example, source=source), exits=exits, skips=skips, head=head)
+    return place(capture(model, example, source=source, scores=scores), exits=exits, skips=skips, head=head)
 
 
 def place(program: Program, *, exits: str | int = "auto", skips: str | int = "none", head: str = "auto") -> Program:

@@ -101,6 +101,11 @@ class HeadSpec:
     steps: tuple[str, ...] = ()
 
     @property
+    def text(self) -> str:
+        """How a user asks for this head: its kind, and its width where that may be chosen."""
+        return f"{self.kind}{self.width}" if self.kind in ("conv", "mlp") else self.kind
+
+    @property
     def channels(self) -> int:
         """How many numbers the value has at each of its positions."""
         return self.shape[0] if self.layout == "nchw" else self.shape[-1]

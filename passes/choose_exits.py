@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from exitify.errors import PlanError
-from exitify.heads import KINDS, head_cost, head_spec
+from exitify.heads import head_cost, head_spec
 from exitify.passes.base import Pass
 from exitify.passes.dataflow import dataflow
 from exitify.passes.exit_places import Place, Places, skippable
@@ -57,8 +57,8 @@ class ChooseExits(Pass):
 
     Attributes:
         exits: `auto`, `none`, a number, or names separated by commas; after a name may follow the kind of its head, `layer2.3:conv`.
-        head: `auto` (convolutional where a feature map is large enough and the network is too), `linear`, `conv`, `mlp`, or `own`, built
-            as the network's own is.
+        head: `auto` (convolutional where a feature map is large enough and the network is too), `linear`, `conv`, `mlp` (or with a
+            width, `conv128`), or `own`, built as the network's own is.
     """
 
     name: ClassVar[str] = "choose-exits"
@@ -93,7 +93,7 @@ class ChooseExits(Pass):
             raise PlanError(f"cannot exit after {value!r}: it lies in what {within[value]} may leave out", hint)
         found = sorted((places.at(value) for value in kinds), key=lambda place: (place.share, places.order[place.value]))
         chosen = [(place, chooser.head(kinds[place.value], place.value)) for place in found]
-        return chosen, [_considered(place, "exit") for place in found]
+        return chosen, [considered(place, "exit") for place in found]
 
     def _spaced(self, places: Places, chooser: HeadChooser) -> tuple[list[tuple[Place, HeadSpec]], list[Considered]]:
         looked_at, verdicts = sensible_places(places)
@@ -115,7 +115,7 @@ class ChooseExits(Pass):
             chosen = _evenly(shares, count)
         for value in heads:
             verdicts[value] = "exit" if value in chosen else f"not among the {count} spaced evenly" if count else self._why_none(overhead)
-        return [(by_value[value], heads[value]) for value in chosen], [_considered(place, verdicts[place.value]) for place in looked_at]
+        return [(by_value[value], heads[value]) for value in chosen], [considered(place, verdicts[place.value]) for place in looked_at]
 
     def _count(self, overhead: dict[str, float]) -> int:
         if self.exits == "none":
@@ -179,8 +179,6 @@ class HeadChooser:
         Raises:
             PlanError: no head, or none of this kind, reads the value.
         """
-        if kind not in ("auto", *KINDS):
-            raise PlanError(f"there is no head {kind!r}", f"there are auto, {', '.join(KINDS)}")
         if value == self.program.plan.output:
             raise PlanError(f"cannot exit after {value!r}: it is the network's own answer", "exit after an earlier block")
         if kind != "auto":
@@ -202,7 +200,8 @@ class HeadChooser:
         return head_spec(kind, self.program.values[value], value, self.classes, layout=layout, own=steps, own_width=width)
 
 
-def _considered(place: Place, verdict: str) -> Considered:
+def considered(place: Place, verdict: str) -> Considered:
+    """A place with what became of it."""
     return Considered(place.value, place.place, place.share, verdict, len(place.crossing), place.crossing_bytes)
 
 

@@ -21,7 +21,8 @@ MODULE_SHARE = 0.3
 """… behind each outermost module in it; of one that is more than this share behind each of its parts."""
 
 BRANCH_VALUES = 3
-"""A cut inside of one residual branch hands on its beginning and up to this many values less one (a gate): no place, the block's end is."""
+"""A cut in front of an addition that hands on the stretch's beginning and less than so many others (a branch, its gate) lies in a residual
+branch: no place, the block's end is one."""
 
 WHOLE_SHARE = 0.8
 """A wide cut has to use this share of what is computed up to it: elsewhere half of a network would be left behind."""
@@ -75,7 +76,8 @@ class Places:
             if after.share - before.share > WIDE_SHARE:
                 between = strictly_between(self.flow, before.value, after.value)
                 places = [self.at(value) for value in self._ends_between(sorted(between, key=self.order.__getitem__))]
-                found += [place for place in places if before.value not in place.crossing or len(place.crossing) > BRANCH_VALUES]
+                is_branch = self._adds(after.value)
+                found += [place for place in places if not (is_branch and before.value in place.crossing and len(place.crossing) <= BRANCH_VALUES)]
         return found
 
     def at(self, value: str) -> Place:
@@ -113,6 +115,12 @@ class Places:
                     return "nhwc" if width == shape[-1] else "nchw"
             pending += [source.name for source in node.all_input_nodes if source.name in self.flow]
         return ""
+
+    def _adds(self, value: str) -> bool:
+        """Whether a value is a sum of two."""
+        node = self.nodes[value]
+        name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
+        return node.op in ("call_method", "call_function") and name.split(".")[0] in ("add", "add_", "iadd", "add__")
 
     def _ends_between(self, names: Sequence[str]) -> list[str]:
         """The last values of modules in a stretch that use nearly all that is computed up to them."""

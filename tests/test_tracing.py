@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from exitify.errors import ModelError
@@ -530,3 +532,241 @@ def test_depth_drawn_from_pythons_or_numpys_generator_is_captured(seed):
     program = capture(DropsBlocksByPythonsRandom(), images())
     assert random.getstate() == before
     assert program.training
+
+
+class AsksForShapes(nn.Module):
+    """Windows of a map, as Swin makes them: branches, loops and numbers that follow from the shape."""
+
+    def __init__(self, window: int = 4) -> None:
+        super().__init__()
+        self.window, self.stem = window, nn.Conv2d(3, 4, 3, padding=1)
+        self.mixes = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.fc = nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        n, channels, height, width = x.shape
+        if height % self.window or width != height:
+            raise ValueError(f"{height} is no multiple of {self.window}")
+        side = int((height * width) ** 0.5)
+        assert x.shape[0] == n
+        positions = torch.arange(side // self.window, dtype=torch.float32).mean()
+        x = x.reshape(n, channels, side // self.window, self.window, -1, self.window).permute(0, 2, 4, 3, 5, 1).reshape(-1, self.window**2, channels)
+        for i in range(x.size(2)):
+            x = x + self.mixes[i](x)
+        return self.fc(x.reshape(n, -1, channels).mean(1) + positions)
+
+
+def test_control_flow_on_shapes_is_resolved_and_the_batch_stays_free():
+    model = AsksForShapes().eval()
+    program = capture(model, images())
+    assert targets(program).count("mixes.0") == 1
+    assert {"mixes.1", "mixes.2", "mixes.3", "fc"} <= set(targets(program))
+    for batch in (1, 2, 3, 7):
+        assert torch.equal(program(images(batch)), model(images(batch))) or torch.equal(program(x := images(batch)), model(x))
+
+
+class AsksForTheBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] > 2 else x + x
+
+
+def test_a_branch_on_the_batch_size_stays_inside_one_node():
+    model = Small(AsksForTheBatch()).eval()
+    program = capture(model, images())
+    assert "part" in targets(program)
+    assert all(torch.equal(program(x), model(x)) for x in (images(1), images(2), images(3)))
+
+
+class AsksForTheBatchAtTheTop(Small):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x if x.shape[0] > 2 else x + 1)
+
+
+def test_a_branch_on_the_batch_size_at_the_top_is_refused_with_both_answers():
+    with pytest.raises(ModelError, match=r"cannot be traced: .*depends on the batch size \(.* is False or True\) \(.*test_tracing\.py:\d+"):
+        capture(AsksForTheBatchAtTheTop(), images())
+
+
+class Deep(nn.Module):
+    """A large module that reads its mode in a method, of which one small part depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = IdentityPart(), IdentityPart()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self._noise(self.first(x)))
+
+    def _noise(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+class IdentityPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.noisy = nn.Conv2d(4, 4, 1), Noisy()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            pass
+        return self.noisy(self.conv(x)) + x
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
+def test_of_modules_that_read_their_mode_only_the_innermost_that_depend_on_it_are_whole():
+    program = capture(Small(Deep()).eval(), images())
+    assert {"part.first.conv", "part.first.noisy", "part.second.conv", "part.second.noisy"} <= set(targets(program))
+    assert not {"part", "part.first"} & set(targets(program))
+
+
+def test_capture_leaves_the_generators_where_they_were():
+    model = Small(Deep())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    capture(model, torch.zeros(1, *SHAPE))
+    assert torch.equal(torch.rand(3), expected)
+
+
+class ThreeInputs(nn.Module):
+    """A picture, numbers beside it, and a mask that goes by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.block, self.fc = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Linear(6, 8),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Linear(8, CLASSES),
+        )
+
+    def forward(self, x: torch.Tensor, numbers: torch.Tensor, *, mask: torch.Tensor | None = None, power: int = 1) -> dict[str, Any]:
+        x = self.stem(x).relu() + self.side(numbers)[:, :, None, None]
+        features = self.block(x).relu() ** power
+        pooled = features.mean((2, 3))
+        if mask is not None:
+            pooled = pooled * mask
+        return {"logits": self.fc(pooled), "features": (features, pooled)}
+
+
+def three_inputs(batch: int) -> dict[str, torch.Tensor]:
+    return {"x": images(batch), "numbers": torch.randn(batch, 6), "mask": torch.rand(batch, 8)}
+
+
+def test_several_inputs_some_by_name_and_a_dict_of_outputs():
+    model = ThreeInputs().eval()
+    program = with_exits(capture(model, three_inputs(1)), "block")
+    assert program.plan.inputs == ("x", "numbers", "mask")
+    for batch in (1, 2, 3):
+        given = three_inputs(batch)
+        got, expected = program(**given), model(**given)
+        assert got.keys() == expected.keys()
+        assert torch.equal(got["logits"], expected["logits"])
+        assert all(map(torch.equal, got["features"], expected["features"]))
+        outputs = program(**given, all_exits=True)
+        assert torch.equal(outputs.final, expected["logits"])
+        assert torch.equal(outputs.output["features"][1], expected["features"][1])
+        assert outputs["exit1"].shape == (batch, CLASSES)
+    assert [segment.inputs for segment in program.plan.segments if segment.kind == "trunk"] == [
+        ("x", "numbers"),
+        ("mask", "conv2d_1"),
+    ] or program.plan.segments
+
+
+def test_several_inputs_in_order_leave_out_what_the_example_leaves_out():
+    model = ThreeInputs().eval()
+    program = capture(model, (images(), torch.randn(1, 6)))
+    given = images(2), torch.randn(2, 6)
+    assert program.plan.inputs == ("x", "numbers")
+    assert torch.equal(program(*given)["logits"], model(*given)["logits"])
+
+
+@dataclasses.dataclass
+class TwoAnswers:
+    coarse: torch.Tensor
+    fine: torch.Tensor
+
+
+@pytest.mark.parametrize(("scores", "column"), [("fine", 1), ("coarse", 0)])
+def test_which_output_holds_the_class_scores_can_be_said(scores, column):
+    class Both(Small):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = super().forward(x)
+            return TwoAnswers(y, y * 2)
+
+    model = Both().eval()
+    with pytest.raises(ModelError, match=r"returns coarse \(3, 5\), fine \(3, 5\), and which of it are the class scores .* is not plain"):
+        capture(model, images())
+    program = capture(model, images(), scores=scores)
+    x = images(2)
+    assert torch.equal(program(x, all_exits=True).final, getattr(model(x), scores))
+    assert isinstance(program(x), TwoAnswers)
+    with pytest.raises(ModelError, match=r"returns nothing called 'other'\n  hint: it returns coarse, fine"):
+        capture(model, images(), scores="other")
+    assert column in (0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_region_is_traced_as_what_it_computes_and_its_place_is_said(reentrant, caplog):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    model = warm_up(Small(Checkpointed()))
+    program = with_exits(capture(model, images()), "part.inner.1")
+    assert "part recomputes its activations to save memory" in caplog.text
+    x = images(3)
+    assert torch.equal(program(x), model(x))
+    torch.manual_seed(0)
+    expected = model.train()(x)
+    torch.manual_seed(0)
+    assert torch.equal(copy.deepcopy(program).train()(x, all_exits=False), expected)
+
+
+class WritesThroughAView(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = x[:, :2]
+        half.mul_(2)
+        return x + 1
+
+
+def test_a_write_through_a_view_keeps_its_module_whole_so_that_no_cut_parts_it_from_its_readers():
+    model = Small(WritesThroughAView()).eval()
+    program = capture(model, images())
+    assert "part" in targets(program)
+    x = images(2)
+    assert torch.equal(program(x), model(x))
+
+
+def test_a_write_through_a_view_at_the_top_is_refused():
+    class AtTheTop(Small):
+        def forward(self, x: torch.Tensor) -> Any:
+            x = self.stem(x)
+            x[:, :2].relu_()
+            return self.fc(x.mean((2, 3)))
+
+    with pytest.raises(ModelError, match=r"AtTheTop writes to a tensor through a view of it \(relu_\), and reads it afterwards\n  hint: .*in-place"):
+        capture(AtTheTop(), images())
+
+
+def test_a_forward_that_keeps_tables_leaves_none_of_the_trace_in_its_modules():
+    class KeepsTables(nn.Module):
+        table: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = x
+            return x * 2
+
+    model = Small(KeepsTables()).eval()
+    capture(model, images())
+    assert not isinstance(getattr(model.part, "last", None), torch.fx.Proxy)

@@ -30,9 +30,20 @@ def transform(
         str, typer.Argument(help="model.pt2, model.pt (with --trust), package.module:factory, torchvision:NAME or timm:NAME.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write.")],
-    exits: Annotated[str, typer.Option(help="auto, none, how many, or names of modules separated by commas.")] = "auto",
+    exits: Annotated[
+        str, typer.Option(help="auto, none, how many, or names of modules separated by commas, each with its head if wanted: layer2.3:conv.")
+    ] = "auto",
     skips: Annotated[str, typer.Option(help="Blocks that may be left out: auto, none, how many of each stage, or names of modules.")] = "none",
-    head: Annotated[str, typer.Option(help="auto, linear, conv or mlp.")] = "auto",
+    head: Annotated[str, typer.Option(help="auto, linear, conv, mlp (conv128: of that width), or own: as the network's own head.")] = "auto",
+    data: Annotated[str | None, typer.Option(help="Labelled pictures: exits auto are then searched, with probes trained on these.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Pictures that the network has not seen, to choose by; by default a part of --data.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="With --data: accuracy may fall by this much; 0.005 unless a time is given.")] = None,
+    budget_ms: Annotated[float | None, typer.Option(help="With --data: mean milliseconds an answer, here and with this engine.")] = None,
+    cost: Annotated[str, typer.Option(help="With --data: what exits are to save, time or macs.")] = "time",
+    engine: Annotated[str, typer.Option(help="With --data: what is timed.")] = "auto",
+    threads: Annotated[int, THREADS] = 1,
+    work: Annotated[Path | None, typer.Option(help="With --data: folder for what is recorded.")] = None,
+    scores: Annotated[str | None, typer.Option(help="Where the class scores are in what the model returns: a key, or a number in a tuple.")] = None,
     weights: Annotated[Path | None, typer.Option(help=".safetensors, or .pth read without running code.")] = None,
     input_shape: Annotated[str | None, typer.Option(help="Without the batch: 3x224x224.")] = None,
     preprocess: Annotated[str | None, typer.Option(help="imagenet, or 'mean=…;std=…;resize=256;crop=224'.")] = None,
@@ -48,6 +59,7 @@ def transform(
     import torch
 
     import exitify
+    from exitify.data import load_samples
     from exitify.models import load_model, parse_shape
     from exitify.passes.choose_exits import ChooseExits
     from exitify.passes.choose_skips import ChooseSkips
@@ -60,15 +72,35 @@ def transform(
     if loaded.has_random_weights:
         log.warning("%s has random weights; give its trained ones with --weights", model)
     torch.manual_seed(seed)
-    captured = exitify.capture(loaded.module, loaded.example, source=loaded.source)
-    program = place(captured, exits=exits, skips=skips, head=head)
-    artifact = exitify.export(program, contract=loaded.contract, heads_trained=False)
+    captured = exitify.capture(loaded.module, loaded.example, source=loaded.source, scores=scores)
+    placement = None
+    if data is None:
+        _refuse_without_data(held_out=held_out, max_drop=max_drop, budget_ms=budget_ms, work=work)
+        program = place(captured, exits=exits, skips=skips, head=head)
+        artifact = exitify.export(program, contract=loaded.contract, heads_trained=False)
+    else:
+        if exits != "auto":
+            raise ExitifyError(f"--data serves the search for exits, and --exits {exits} says where they are", "leave one of them out")
+        _one_of("cost", cost, ("time", "macs"))
+        with_skips = ChooseSkips(skips=skips)(captured) if skips != "none" else captured
+        samples = load_samples(data, loaded.contract, classes=captured.plan.classes)
+        others = load_samples(held_out, loaded.contract, classes=captured.plan.classes) if held_out else None
+        with show.progress_bar() as progress:
+            placement = exitify.place_by_data(
+                with_skips, samples, contract=loaded.contract, held_out=others, max_drop=max_drop, budget_ms=budget_ms, head=head,
+                unit="ms" if cost == "time" else "macs", engine=engine, threads=threads, work=work, seed=seed, progress=progress,
+            )  # fmt: skip
+        program, artifact = placement.program, placement.artifact
     artifact.save(output)
     chooser = ChooseSkips(skips=skips)
     blocks = chooser.decide(captured)[1] if skips != "none" and (why or not program.plan.skips) else []
-    with_skips = chooser(captured) if skips != "none" else captured
-    considered = ChooseExits(exits=exits, head=head).decide(with_skips)[1] if why or not program.plan.exits else []
+    if placement is not None:
+        considered = list(placement.turned_down)
+    else:
+        with_skips = chooser(captured) if skips != "none" else captured
+        considered = ChooseExits(exits=exits, head=head).decide(with_skips)[1] if why or not program.plan.exits else []
     if json:
+        said = {} if placement is None else tables.placement_json(placement)
         show.as_json(
             {
                 "output": str(output),
@@ -76,11 +108,14 @@ def transform(
                 "plan": artifact.plan,
                 "considered": [vars(c) for c in considered],
                 "blocks": [vars(block) for block in blocks],
+                **said,
             }
         )
         return
     tables.exits(artifact.plan)
-    if considered:
+    if placement is not None:
+        tables.placement(placement, with_all=why)
+    if considered and (why or placement is None):
         tables.considered(considered)
     if program.plan.skips:
         tables.skips(artifact.plan)
@@ -88,11 +123,26 @@ def transform(
         tables.blocks(blocks)
     if skips != "none" and not artifact.plan.skips:
         print("It has no skip paths: no residual block can be left out.")
-    next_step = f"Heads are untrained: `exitify train {output} --data DIR`" if artifact.plan.exits else "It has no exits."
+    next_step = "It has no exits."
+    if artifact.plan.exits and placement is None:
+        next_step = f"Heads are untrained: `exitify train {output} --data DIR`"
+    elif artifact.plan.exits:
+        next_step = f"Heads are trained as probes; longer: `exitify train {output} --data {data}`. Then `exitify calibrate`"
     print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. {next_step}")
     loading = show.call("exitify.load_model", repr(model), weights=(weights and str(weights), None), input_shape=(shape, None),
                         preprocess=(preprocess, None), classes=(names, ()), trust=(trust, False))  # fmt: skip
     show.python_call(f"torch.manual_seed({seed}); model = {loading}")
+    if placement is not None:
+        capturing = show.call("exitify.capture", "model.module", "model.example", source=(loaded.source, ""), scores=(scores, None))
+        if skips != "none":
+            capturing = f"ChooseSkips({skips!r})({capturing})"
+        placing = show.call(
+            "exitify.place_by_data", capturing, "samples", "contract=model.contract", *(["held_out=others"] if held_out else []),
+            max_drop=(max_drop, None), budget_ms=(budget_ms, None), head=(head, "auto"), unit=("ms" if cost == "time" else "macs", "ms"),
+            engine=(engine, "auto"), threads=(threads, 1), seed=(seed, 0),
+        )  # fmt: skip
+        show.python_call(f"{placing}.artifact.save({str(output)!r})")
+        return
     placing = show.call(
         "exitify.transform",
         "model.module",
@@ -101,8 +151,17 @@ def transform(
         skips=(skips, "none"),
         head=(head, "auto"),
         source=(loaded.source, ""),
+        scores=(scores, None),
     )
     show.python_call(f"exitify.export({placing}, contract=model.contract, heads_trained=False).save({str(output)!r})")
+
+
+def _refuse_without_data(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ExitifyError(
+                f"--{name.replace('_', '-')} serves the search for exits, which needs labelled pictures", "give --data, or leave it out"
+            )
 
 
 def train(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from exitify.board.doctor import Finding
     from exitify.passes.choose_exits import Considered
     from exitify.passes.choose_skips import ConsideredBlock
+    from exitify.placement import Placement
     from exitify.runtime.session import Answer
     from exitify.targets import Target
     from exitify.train.heads import HeadReport
@@ -66,8 +67,52 @@ def blocks(found: Sequence[ConsideredBlock]) -> None:
 
 def considered(places: Sequence[Considered]) -> None:
     """What was looked at, and why it is no exit."""
-    rows = [(place.place or place.value, place.value, percent(place.share), place.verdict) for place in places]
-    table("Places considered", ("module", "value", "of the cost", "verdict"), rows)
+    rows = [
+        (place.place or place.value, place.value, percent(place.share), crossing(place.crossing, place.crossing_bytes), place.verdict)
+        for place in places
+    ]
+    table("Places considered", ("module", "value", "of the cost", "crossing", "verdict"), rows)
+
+
+def crossing(tensors: int, size: int) -> str:
+    """How much a cut hands on."""
+    return f"{tensors} × {size / tensors / 1024:.0f} KiB" if tensors else ""
+
+
+def placement(found: Placement, *, with_all: bool) -> None:
+    """What each exit saves and costs, and what was tried beside them."""
+    unit = f"{found.whole:.3f} ms on {found.engine}" if found.unit == "ms" else f"{millions(int(found.whole))} multiply-adds"
+    rows = [
+        (
+            probe.place,
+            probe.head.text,
+            percent(probe.share),
+            crossing(probe.crossing, probe.crossing_bytes),
+            percent(probe.accuracy),
+            percent(probe.worth.leaves),
+            percent(probe.worth.saves),
+            percent(probe.worth.costs),
+            probe.verdict,
+        )
+        for probe in found.probes
+        if with_all or probe.verdict == "exit"
+    ]
+    columns = ("after", "head", "reached for", "crossing", "right", "leave there", "saves", "costs", "verdict")
+    if rows:
+        table(f"{'Probes' if with_all else 'What exits are worth'}, in shares of the network's {unit}", columns, rows)
+    if found.reason:
+        say(f"No exit pays: {found.reason}.")
+    else:
+        how = "every combination was tried" if found.is_exact else f"the least there can be with these probes is {found.bound:.3f}"
+        say(f"Expected on the samples chosen by: {found.cost:.3f} of the network's cost, {found.drop * 100:+.2f} points lost; {how}.")
+    if found.warning:
+        say(f"Warning: {found.warning}")
+
+
+def placement_json(found: Placement) -> dict[str, Any]:
+    """A placement for machines."""
+    names = ("unit", "engine", "whole", "accuracy", "drop", "cost", "bound", "gap", "is_exact", "reason", "warning")
+    return {"probes": found.probes, **{name: getattr(found, name) for name in names}}
 
 
 def heads(reports: Sequence[HeadReport]) -> None:

@@ -167,14 +167,19 @@ class _Recorded:
     progress: Progress
 
     def file(self, name: str, rows: NDArray[np.integer], how: Augmentation, seed: int) -> FeatureFile:
-        widths = tuple(_pooled_shape(head, point.head.shape).numel() for head, point in zip(self.heads.values(), self.artifact.plan.exits))
-        file = FeatureFile(self.folder / f"{name}.features", rows, widths, self.artifact.plan.exits[0].head.classes)
+        points = self.artifact.plan.exits
+        pools = [(point.after, str(head.pool)) for head, point in zip(self.heads.values(), points)]
+        own = list(dict.fromkeys(pools))
+        widths = tuple(pooled_shape(self.heads[points[pools.index(pool)].name], points[pools.index(pool)].head.shape).numel() for pool in own)
+        columns = tuple(own.index(pool) for pool in pools)
+        file = FeatureFile(self.folder / f"{name}.features", rows, widths, columns, points[0].head.classes)
         stage = lambda text, done, total: self.progress(f"{text} ({name})", done, total)  # noqa: E731
         record(self.artifact, self.heads, self.samples, file, how, seed=seed, threads=self.threads, progress=stage)
         return file
 
 
-def _pooled_shape(head: ExitHead, shape: tuple[int, ...]) -> torch.Size:
+def pooled_shape(head: ExitHead, shape: tuple[int, ...]) -> torch.Size:
+    """What is recorded for a head, without the batch."""
     with torch.inference_mode():
         result: torch.Tensor = head.pool(torch.zeros(1, *shape))
     return result.shape[1:]
@@ -205,7 +210,7 @@ def _fit(
     progress: Progress,
 ) -> tuple[dict[str, ExitHead], list[HeadReport]]:
     """Train all heads side by side; return each as it was after its best epoch."""
-    shapes = [_pooled_shape(heads[point.name], point.head.shape) for point in artifact.plan.exits]
+    shapes = [pooled_shape(heads[point.name], point.head.shape) for point in artifact.plan.exits]
     parameters = [parameter for head in heads.values() for parameter in head.parameters()]
     optimizer = torch.optim.SGD(parameters, options.learning_rate, momentum=0.9, weight_decay=options.weight_decay, nesterov=True)
     starts = range(0, len(files[0].rows), ROWS_A_CHUNK)

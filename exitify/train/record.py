@@ -29,13 +29,16 @@ ROWS_A_CHUNK = 2500
 class FeatureFile:
     """Pooled values of all exits, row by row, float16, and the network's own logits beside them.
 
-    A row is the concatenation of each exit's pooled value; rows stand in a random order, which `rows` gives.
+    A row is the concatenation of pooled values; rows stand in a random order, which `rows` gives.
     Written front to back, so an interrupted recording goes on where the file ends.
+
+    widths: Numbers in each pooled value. columns: Which of them each exit reads; heads that pool one value alike share it.
     """
 
     path: Path
     rows: NDArray[np.integer]
     widths: tuple[int, ...]
+    columns: tuple[int, ...]
     classes: int
 
     @property
@@ -59,7 +62,8 @@ class FeatureFile:
                 split = 2 * sum(self.widths)
                 features = torch.from_numpy(np.ascontiguousarray(raw[:, :split]).view(np.float16))
                 logits = torch.from_numpy(np.ascontiguousarray(raw[:, split:]).view(np.float32))
-                yield list(torch.split(features, list(self.widths), dim=1)), logits, self.rows[start : start + count][order]
+                parts = torch.split(features, list(self.widths), dim=1)
+                yield [parts[column] for column in self.columns], logits, self.rows[start : start + count][order]
 
 
 def record(
@@ -80,6 +84,7 @@ def record(
     """
     run = make_engine("auto", artifact, threads).prepare(backbone(artifact))
     plan = artifact.plan
+    first = [plan.exits[file.columns.index(column)] for column in range(len(file.widths))]
     done = file.path.stat().st_size // file.row_bytes if file.path.exists() else 0
     at_once = rows_at_once(plan.values[plan.input])
     if done < len(file.rows):
@@ -96,8 +101,8 @@ def record(
                 inputs = pixels_to_inputs(augment(pixels, how, generator), artifact.manifest.input) if pixels.dtype == np.uint8 else pixels
                 values = run({plan.input: inputs})
                 with torch.inference_mode():
-                    pooled = [heads[point.name].pool(torch.from_numpy(values[point.after])).flatten(1).half().numpy() for point in plan.exits]
-                for point, array in zip(plan.exits, pooled):
+                    pooled = [heads[point.name].pool(torch.from_numpy(values[point.after])).flatten(1).half().numpy() for point in first]
+                for point, array in zip(first, pooled):
                     if not np.isfinite(array).all():
                         raise DataError(
                             f"the value that {point.name} reads, {point.after!r}, goes beyond float16's 65504, in which features are recorded",

@@ -256,7 +256,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> FeatureFile:
     """300 training pictures in a random order, not augmented: two blocks, the second not full."""
     heads = load_heads(digits.fresh_artifact())
     rows = np.random.default_rng(0).permutation(900)[:300]
-    file = FeatureFile(tmp_path_factory.mktemp("recorded") / "file", rows, (32 * 64, 64 * 64), 10)
+    file = FeatureFile(tmp_path_factory.mktemp("recorded") / "file", rows, (32 * 64, 64 * 64), (0, 1), 10)
     record(digits.fresh_artifact(), heads, digits.samples_of("train"), file, "none", seed=0, threads=1, progress=lambda *_: None)
     return file
 
@@ -315,7 +315,7 @@ def test_a_feature_file_has_the_size_it_names(recorded: FeatureFile) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named_with_the_space_it_needs(tmp_path: Path) -> None:
-    file = FeatureFile(tmp_path / "missing" / "file", np.arange(10), (32 * 64, 64 * 64), 10)
+    file = FeatureFile(tmp_path / "missing" / "file", np.arange(10), (32 * 64, 64 * 64), (0, 1), 10)
     heads = load_heads(digits.fresh_artifact())
     with pytest.raises(DataError, match=r"cannot write .*missing/file: No such file") as caught:
         record(digits.fresh_artifact(), heads, digits.samples_of("train"), file, "none", seed=0, threads=1, progress=lambda *_: None)
@@ -367,8 +367,8 @@ def test_inputs_that_are_ready_are_not_augmented(tmp_path: Path) -> None:
     pictures = digits.samples_of("train")
     np.savez(tmp_path / "ready.npz", x=pictures.inputs(slice(0, 100)), y=pictures.labels[:100])
     ready = load_samples(str(tmp_path / "ready.npz"), pictures.contract, classes=10)
-    file = FeatureFile(tmp_path / "file", np.arange(100), (32 * 64, 64 * 64), 10)
-    other = FeatureFile(tmp_path / "other", np.arange(100), (32 * 64, 64 * 64), 10)
+    file = FeatureFile(tmp_path / "file", np.arange(100), (32 * 64, 64 * 64), (0, 1), 10)
+    other = FeatureFile(tmp_path / "other", np.arange(100), (32 * 64, 64 * 64), (0, 1), 10)
     heads = load_heads(digits.fresh_artifact())
     record(digits.fresh_artifact(), heads, ready, file, "crop+flip", seed=1, threads=1, progress=lambda *_: None)
     record(digits.fresh_artifact(), heads, pictures.subset(range(100)), other, "none", seed=2, threads=1, progress=lambda *_: None)
