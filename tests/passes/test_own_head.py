@@ -77,7 +77,7 @@ def test_a_head_of_these_steps_with_the_networks_weights_answers_as_the_network(
     assert found is not None
     spec = head_spec("own", program.values[found.value], found.value, CLASSES, own=found.steps, own_width=found.width)
     built = ExitHead(spec).eval()
-    weights = [tensor for tensor in model.head.state_dict().values()]
+    weights = list(model.head.state_dict().values())
     assert [tensor.shape for tensor in built.state_dict().values()] == [tensor.shape for tensor in weights]
     built.load_state_dict(dict(zip(built.state_dict(), weights)))
     x = torch.randn(3, *SHAPE)
