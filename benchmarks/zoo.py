@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ def judge(name: str) -> dict[str, Any]:
     from exitify.models import load_model
     from exitify.passes.choose_exits import ChooseExits
     from exitify.passes.cost import node_costs
+    from exitify.pipeline import place
 
     define_missing_operators()
     torch.manual_seed(0)
@@ -72,12 +75,12 @@ def judge(name: str) -> dict[str, Any]:
     model, example = loaded.module, loaded.example
     keys = list(model.state_dict())
     started = time.perf_counter()
-    program = exitify.transform(model, example, exits=EXITS)
+    captured = exitify.capture(model, example, source=name)
+    program = place(captured, exits=EXITS)
     seconds = time.perf_counter() - started
-    captured = program.replace()
     costs = node_costs(captured)
     total = sum(cost.macs for cost in costs.values())
-    considered = ChooseExits(exits=str(EXITS)).decide(exitify.capture(model, example))[1]
+    considered = ChooseExits(exits=str(EXITS)).decide(captured)[1]
     own = [key for key in program.state_dict() if not key.startswith("exit_heads.")]
     found: dict[str, Any] = {
         "model": name,
@@ -196,15 +199,25 @@ graph, *places* the values an exit may stand after (without the two asked-for en
 share of the multiply-adds in the largest piece that stays whole. *Tensors crossing* is how many values each cut hands on. *Eval*
 and *train* are the largest difference between the program's full path and the network at batch 1, 2 and 3, relative
 to the largest logit, in train() from one seed (batch 1 where the network itself takes it). A bold name does not hold.
-*s* is what `exitify.transform` took on two shared cores.
+*s* is what `exitify.transform` took on one of two shared cores.
 
 """
+
+
+def in_process(name: str, threads: str) -> dict[str, Any]:
+    """`judge` in a process of its own, which may die."""
+    command = [sys.executable, "-m", "benchmarks.zoo", "--one", name]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": threads})
+    last = (run.stdout.strip().splitlines() or [""])[-1]
+    failed = (run.stderr.strip().splitlines() or [f"ended with {run.returncode}"])[-1]
+    return json.loads(last) if last.startswith("{") else {"model": name, "error": failed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--jobs", type=int, default=2, help="networks at a time")
     parser.add_argument("--only", nargs="*", help="names to run, again if they were")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -217,16 +230,15 @@ def main() -> None:
     define_missing_operators()
     results = {found["model"]: found for found in map(json.loads, options.log.read_text().splitlines())} if options.log.exists() else {}
     wanted = options.only or names()
-    for name in wanted:
-        if name in results and not options.only:
-            continue
-        run = subprocess.run([sys.executable, "-m", "benchmarks.zoo", "--one", name], capture_output=True, text=True, check=False)
-        last = (run.stdout.strip().splitlines() or [""])[-1]
-        failed = (run.stderr.strip().splitlines() or [f"ended with {run.returncode}"])[-1]
-        results[name] = json.loads(last) if last.startswith("{") else {"model": name, "error": failed}
-        with options.log.open("a") as log:
-            log.write(json.dumps(results[name]) + "\n")
-        print("ok  " if holds(results[name]) else "FAIL", json.dumps(results[name]), flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+        pending = [pool.submit(in_process, name, threads) for name in wanted if name not in results or options.only]
+        for done in as_completed(pending):
+            found = done.result()
+            results[found["model"]] = found
+            with options.log.open("a") as log:
+                log.write(json.dumps(found) + "\n")
+            print("ok  " if holds(found) else "FAIL", json.dumps(found), flush=True)
     if options.output:
         options.output.write_text(INTRODUCTION + table([results[name] for name in wanted]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast, get_args
@@ -192,6 +193,16 @@ def looks_channels_last(shape: tuple[int, ...]) -> bool:
     return shape[0] == shape[1] != shape[2]
 
 
+def check_kind(kind: str) -> None:
+    """Refuse a head that there is not.
+
+    Raises:
+        PlanError: it is none of `KINDS`, with or without a width.
+    """
+    if _KIND.fullmatch(kind) is None:
+        raise PlanError(f"there is no head {kind!r}", f"there are auto, {', '.join(KINDS)}, and conv128 for another width")
+
+
 def head_spec(
     kind: str, value: Value, name: str, classes: int, *, layout: str = "", own: tuple[str, ...] | None = None, own_width: int = 0
 ) -> HeadSpec:
@@ -208,9 +219,9 @@ def head_spec(
     """
     shape = value.shape
     shown = f"(N, {', '.join(map(str, shape))})"
+    check_kind(kind)
     asked = _KIND.fullmatch(kind)
-    if asked is None:
-        raise PlanError(f"there is no head {kind!r}", f"there are auto, {', '.join(KINDS)}, and conv128 for another width")
+    assert asked is not None
     kind = asked[1] or asked[2]
     if not layout:
         layout = {3: "nhwc" if len(shape) == 3 and looks_channels_last(shape) else "nchw", 2: "tokens", 1: "vector"}.get(len(shape), "")
@@ -247,6 +258,7 @@ def _own_steps(own: tuple[str, ...] | None, layout: str, name: str) -> tuple[str
     return tuple("mean" if step == "first" else step for step in own)
 
 
+@functools.lru_cache(4096)
 def head_cost(spec: HeadSpec) -> Cost:
     """What a head costs, measured on one built from its spec without weights."""
     with torch.device("meta"):

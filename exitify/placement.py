@@ -20,7 +20,7 @@ from exitify.calibration.temperature import fit_temperature
 from exitify.calibration.thresholds import NEVER, Recorded
 from exitify.data import Samples, rows_at_once
 from exitify.errors import CalibrationError, DataError, PlanError
-from exitify.heads import ExitHead, head_cost
+from exitify.heads import ExitHead, check_kind, head_cost
 from exitify.onnx_export.to_artifact import export
 from exitify.passes.attach_heads import AttachHeads
 from exitify.passes.choose_exits import MOST_EXITS, ChooseExits, Considered, HeadChooser, considered, sensible_places
@@ -158,6 +158,8 @@ def place_by_data(
         raise CalibrationError("--budget-ms is a time, and costs were asked for in multiply-adds", "leave out --cost macs")
     if limit_drop is not None and not 0 <= limit_drop <= 1:
         raise CalibrationError(f"--max-drop {limit_drop:g} is no share of the samples", "0.005 is half a point of accuracy")
+    if head != "auto":
+        check_kind(head)
     options = replace(training or PROBE_TRAINING, seed=seed)
     if held_out is None:
         order = np.random.default_rng(seed).permutation(len(samples))

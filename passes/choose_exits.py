@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from exitify.errors import PlanError
-from exitify.heads import head_cost, head_spec
+from exitify.heads import check_kind, head_cost, head_spec
 from exitify.passes.base import Pass
 from exitify.passes.dataflow import dataflow
 from exitify.passes.exit_places import Place, Places, skippable
@@ -73,6 +73,8 @@ class ChooseExits(Pass):
         """Return the exits and everything that was considered."""
         if program.plan.exits:
             raise PlanError("this network has exits already", "transform the original model")
+        if self.head != "auto":
+            check_kind(self.head)
         places = Places(program)
         chooser = HeadChooser(places)
         if self.exits not in ("auto", "none") and not self.exits.isdecimal():

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from exitify.errors import PlanError
 from exitify.passes.base import Pass
-from exitify.passes.cost import node_costs, value_cost
-from exitify.passes.dataflow import cut_values, dataflow, strictly_between
+from exitify.passes.dataflow import dataflow, strictly_between
+from exitify.passes.exit_places import Places
 from exitify.passes.residual_stages import Block, Stage, find_stages
 from exitify.plan import SkipPath
 from exitify.program import Program
@@ -148,10 +148,8 @@ def _why_not(program: Program, output: str, before: str, after: str) -> str:
 
 
 def _considered(program: Program, stages: Sequence[Stage], verdicts: dict[Block, str]) -> list[ConsideredBlock]:
-    costs = node_costs(program)
-    full = max(value_cost(program, costs, program.plan.output).macs, 1)
-    chain = [*cut_values(program), program.plan.output]
-    shares = {value: value_cost(program, costs, value).macs / full for value in chain}
+    shares = {place.value: place.share for place in Places(program).narrow()}
+    shares |= {program.plan.output: 1.0, **dict.fromkeys(program.plan.inputs, 0.0)}
     return [
         ConsideredBlock(stage.name, block.place, shares[block.exit] - shares[block.entry], verdicts[block])
         for stage in stages

@@ -11,7 +11,7 @@ from exitify.errors import PlanError
 from exitify.heads import head_cost
 from exitify.passes.base import Pass
 from exitify.passes.cost import node_costs
-from exitify.passes.dataflow import dataflow
+from exitify.passes.dataflow import ancestry, dataflow
 from exitify.plan import SCORES, Cost, Plan, Segment, Value
 from exitify.program import HEADS, Program
 
@@ -37,7 +37,7 @@ class CutSegments(Pass):
         owned: set[str] = set()
         pieces: list[_Piece] = []
         for goal, value in _goals(program, flow):
-            needed = (nx.ancestors(flow, value) | {value}) - owned - set(program.plan.inputs)
+            needed = ancestry(flow, value, owned | set(program.plan.inputs))
             pieces.append(_Piece(goal, tuple(name for name in order if name in needed)))
             owned |= needed
         readers = _readers(program, pieces)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import networkx as nx
 
 from exitify.program import Program, carriers
@@ -19,6 +21,18 @@ def dataflow(program: Program) -> nx.DiGraph:
         if node.name in names:
             flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes if source.name in names)
     return flow
+
+
+def ancestry(flow: nx.DiGraph, value: str, without: Collection[str] = ()) -> set[str]:
+    """The value and all that it is computed from, going back no further than to `without`, which is left out."""
+    found: set[str] = set()
+    pending = [value]
+    while pending:
+        name = pending.pop()
+        if name not in found and name not in without:
+            found.add(name)
+            pending.extend(flow.predecessors(name))
+    return found
 
 
 def strictly_between(flow: nx.DiGraph, before: str, after: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -9,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import networkx as nx
 import torch
 from torch import fx, nn
 
-from exitify.passes.dataflow import cut_values, dataflow
+from exitify.passes.dataflow import ancestry, cut_values, dataflow
 from exitify.plan import SkipPath
 from exitify.program import Program
 
@@ -105,9 +105,20 @@ class _Chain:
         self.inside: list[list[str]] = []
         owned: set[str] = set()
         for value in self.values:
-            found = (nx.ancestors(self.flow, value) | {value}) - owned
+            found = ancestry(self.flow, value, owned)
             owned |= found
             self.inside.append(sorted(found, key=self.order.__getitem__))
+
+    @functools.cached_property
+    def weighted_in(self) -> dict[str, set[str]]:
+        """The nodes that read weights, by each module that they lie in."""
+        found: dict[str, set[str]] = {}
+        for name in self.flow:
+            parts = self.program.places.get(name, "").split(".")
+            if self.has_parameters(name):
+                for depth in range(1, len(parts) + 1):
+                    found.setdefault(".".join(parts[:depth]), set()).add(name)
+        return found
 
     def between(self, after: int, until: int) -> list[str]:
         """Nodes behind the value at one place, up to and with the one at another."""
@@ -266,7 +277,7 @@ def _place(chain: _Chain, nodes: Sequence[str], entry: str, exit_value: str) -> 
     adds = places.get(nodes[-1], "")
     if len(set(weighted)) == 1 and common.rpartition(".")[0] == adds:
         common = adds  # one layer of the module that adds
-    inside = {name for name in chain.flow if adds and f"{places.get(name, '')}.".startswith(f"{adds}.") and chain.has_parameters(name)}
+    inside = chain.weighted_in.get(adds, set()) if adds else set()
     return adds if inside and inside <= set(nodes) else common or f"{entry} to {exit_value}"
 
 
@@ -288,7 +299,8 @@ def mandatory_nodes(program: Program, path: SkipPath) -> list[str]:
     for at in range(start + 1, before + 1):
         operands = chain.operands(at)
         if operands is not None and not chain.adds_its_input(at):
-            sides = [(nx.ancestors(chain.flow, name) | {name}) & set(chain.inside[at]) for name in operands]
+            outside = chain.flow.nodes - set(chain.inside[at])
+            sides = [ancestry(chain.flow, name, outside) for name in operands]
             left |= min(sides, key=lambda side: len(chain.kinds(sorted(side))))
     return [name for name in chain.between(start, before) if name not in left]
 

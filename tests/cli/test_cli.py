@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -663,3 +664,40 @@ def test_pictures_become_the_inputs_that_the_network_was_trained_on(made: Path) 
     x = digits.pictures()["test"][0][:1]
     (answer,) = exitify("run", "trained.exitify", "picture.png", "--json", folder=made).document["answers"]
     np.testing.assert_allclose(answer["logits"], torch_says(pixels_to_inputs(x, digits.loaded().contract))[0], rtol=1e-4, atol=1e-4)
+
+
+# --- exits by data
+
+
+def test_transform_with_data_searches_exits_and_says_what_each_is_worth(made: Path, tmp_path: Path) -> None:
+    options = ("--data", "train.npz", "--held-out", "calibration.npz", "--max-drop", "0.05", "--cost", "macs", "--work", tmp_path / "work")
+    run = exitify("transform", *MODEL, *options, "-o", tmp_path / "searched.exitify", "--why", folder=made)
+    assert run.code == 0, run
+    text = " ".join(run.out.split())
+    assert "in shares of the network's" in text
+    assert "saves" in text
+    assert "costs" in text
+    assert "Places considered" in text
+    assert "exitify.place_by_data(exitify.capture(model.module, model.example, source='digits_net:build'), samples, contract=model.contract" in text
+    again = exitify("transform", *MODEL, *options, "-o", tmp_path / "again.exitify", "--json", folder=made).document
+    assert {"probes", "unit", "cost", "bound", "gap", "reason", "considered"} <= again.keys()
+    assert again["unit"] == "macs"
+    assert all({"accuracy", "worth", "verdict", "crossing"} <= probe.keys() for probe in again["probes"])
+    assert (tmp_path / "again.exitify").read_bytes() == (tmp_path / "searched.exitify").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--max-drop", "0.01"), "--max-drop serves the search for exits, which needs labelled pictures"),
+        (("--held-out", "calibration.npz"), "--held-out serves the search for exits"),
+        (("--data", "train.npz", "--exits", "3"), "--data serves the search for exits, and --exits 3 says where they are"),
+        (("--data", "train.npz", "--cost", "energy"), "there is no cost 'energy'"),
+        (("--data", "train.npz", "--max-drop", "0.01", "--budget-ms", "3"), "exits are placed for one promise"),
+        (("--head", "lstm"), "there is no head 'lstm'"),
+        (("--scores", "logits"), "the model returns nothing called 'logits'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(made: Path, tmp_path: Path, options: tuple[str, ...], problem: str) -> None:
+    refused(exitify("transform", *MODEL, *options, "-o", tmp_path / "no.exitify", folder=made), re.escape(problem))
+    assert not (tmp_path / "no.exitify").exists()
