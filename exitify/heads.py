@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from exitify.errors import PlanError
 from exitify.plan import DIMENSIONS, Cost, HeadSpec, Value
 
-KINDS = ("linear", "conv", "mlp", "own")
-_KIND = re.compile(r"(linear|conv|mlp|own)|(conv|mlp)([1-9]\d{0,3})")
+KINDS = ("linear", "conv", "deep", "mlp", "own")
+_KIND = re.compile(r"(linear|conv|deep|mlp|own)|(conv|deep|mlp)([1-9]\d{0,3})")
 
 
 class ExitHead(nn.Module):
@@ -33,7 +33,7 @@ class ExitHead(nn.Module):
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """Logits `(N, classes)` of a value `(N, *spec.shape)`."""
-        if torch.is_grad_enabled() and isinstance(self.pool, (nn.Identity, nn.AvgPool2d)):
+        if torch.is_grad_enabled() and not isinstance(self.pool, _MeanOver):
             value = value.clone()  # the backward pass reads it, and the network may have overwritten it in place by then
         logits: torch.Tensor = self.classifier(self.body(self.pool(value)))
         return logits
@@ -117,10 +117,12 @@ def _parts(spec: HeadSpec) -> tuple[nn.Module, nn.Module]:
     if spec.kind == "own":
         return _own_parts(spec)
     channels = spec.channels
-    if spec.kind == "conv":
+    if spec.kind in ("conv", "deep"):
         pooled: list[nn.Module] = [_ChannelsFirst()] if spec.layout == "nhwc" else []
         pooled += [nn.AvgPool2d(spec.pool)] if spec.pool > 1 else []
-        body = nn.Sequential(*_convolution(channels, spec.width), *_convolution(spec.width, spec.width), _MeanOver(2, 3))
+        first = _convolution(channels, spec.width, stride=1) if spec.kind == "deep" else ()
+        two = (*_convolution(spec.width if first else channels, spec.width), *_convolution(spec.width, spec.width))
+        body = nn.Sequential(*first, *two, _MeanOver(2, 3))
         return (pooled[0] if len(pooled) == 1 else nn.Sequential(*pooled) if pooled else nn.Identity()), body
     pool = _step("first" if spec.layout == "class_token" else "mean", spec.layout, channels) if spec.layout != "vector" else nn.Identity()
     if spec.kind == "linear":
@@ -180,8 +182,8 @@ class _MaxOver(nn.Module):
         return value.amax(dim=self.dims)
 
 
-def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+def _convolution(channels_in: int, channels_out: int, stride: int = 2) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
 
 
@@ -209,7 +211,8 @@ def head_spec(
     """Return a head of this kind for a value.
 
     Args:
-        kind: One of `KINDS`; `conv` and `mlp` may have a width, `conv128`. value: What it reads, called `name`. classes: How many it tells apart.
+        kind: One of `KINDS`; `conv`, `deep` and `mlp` may have a width, `conv128`.
+        value: What it reads, called `name`. classes: How many it tells apart.
         layout: How the value is laid out (see `HeadSpec`), by default as its shape looks.
         own: The steps of the network's own head, None where it cannot stand elsewhere; own_width: what its classifier
             reads, 0 for the value's channels.
@@ -229,15 +232,15 @@ def head_spec(
         raise PlanError(f"cannot exit after {name!r}: its value is {value.dtype} {shown}, and a head reads "
                         "float32 (N, C, H, W), (N, H, W, C), (N, T, C) or (N, C)",
                         "exit after a block of the network")  # fmt: skip
-    if kind == "conv" and layout not in ("nchw", "nhwc"):
-        raise PlanError(f"a conv head cannot read {name!r}, of shape {shown}", "`--head linear` or `--head mlp`")
+    if kind in ("conv", "deep") and layout not in ("nchw", "nhwc"):
+        raise PlanError(f"a {kind} head cannot read {name!r}, of shape {shown}", "`--head linear` or `--head mlp`")
     channels = shape[0] if layout == "nchw" else shape[-1]
     if kind == "own":
         steps = _own_steps(own, layout, name)
         return HeadSpec("own", cast(Any, layout), shape, 1, own_width or channels, classes, steps)
-    width = int(asked[3]) if asked[3] else channels if kind == "linear" else 64 if classes <= 100 else 128 if kind == "conv" else 512
+    width = int(asked[3]) if asked[3] else channels if kind == "linear" else 64 if classes <= 100 else 512 if kind == "mlp" else 128
     sides = shape[1:] if layout == "nchw" else shape[:2]
-    pool = max(1, round(min(sides) / 8)) if kind == "conv" else 1
+    pool = max(1, round(min(sides) / 8)) if kind in ("conv", "deep") else 1
     assert layout in get_args(HeadSpec.__annotations__["layout"]) or layout in DIMENSIONS
     return HeadSpec(cast(Any, kind), cast(Any, layout), shape, pool, width, classes)
 

@@ -32,7 +32,7 @@ def transform(
         exits: `auto`, `none`, how many, or names of modules or graph nodes separated by commas, each with the kind
             of its head if wanted, `layer2.3:conv`.
         skips: `auto`, `none`, how many blocks at the end of each stage may be left out, or names of blocks.
-        head: `auto`, `linear`, `conv`, `mlp` (`conv128`: of that width), or `own`, built as the network's own head.
+        head: `auto`, `linear`, `conv`, `deep`, `mlp` (`conv128`: of that width), or `own`, built as the network's own head.
         source: How the user named the model, for the record.
         scores: Where its class scores are in what it returns, when that is not plain (see `capture`).
 

@@ -33,7 +33,7 @@ from exitify.program import HEADS, Program, compile_graph, extract, in_mode
 from exitify.progress import Progress, silent
 from exitify.train.heads import HeadTraining, load_heads, pooled_shape, train_heads
 
-MOST_PLACES = 28
+MOST_PLACES = 16
 """Probes stand at no more places than these, those nearest to evenly spaced by cost."""
 
 PROBE_SHARE = 0.1
@@ -42,8 +42,11 @@ PROBE_SHARE = 0.1
 MOST_BYTES = 4 * 2**30
 """What is recorded for probes takes no more room on the disk; of more samples than fit, as many as do are drawn."""
 
-TRIED = ("linear", "conv", "mlp", "own")
+TRIED = ("linear", "conv", "deep", "mlp", "own")
 """The heads that `auto` tries at a place."""
+
+MOST_ROWS = 20_000
+"""More samples tell places apart no better, and take longer."""
 
 HELD_OUT = 0.2
 """Share of the data on which the search judges, where no other is given."""
@@ -244,7 +247,7 @@ def _places(program: Program, head: str, samples: Samples) -> tuple[list[tuple[P
 
 def _is_worth_trying(spec: HeadSpec, others: list[HeadSpec], full: int) -> bool:
     """Whether `auto` tries a head: it is not too dear, and not one of the others over again."""
-    if spec.kind == "conv" and min(spec.shape[1:] if spec.layout == "nchw" else spec.shape[:2]) < 4:
+    if spec.kind in ("conv", "deep") and min(spec.shape[1:] if spec.layout == "nchw" else spec.shape[:2]) < 4:
         return False
     if spec in others or (spec.kind == "mlp" and any(other.kind == "conv" for other in others)):
         return False
@@ -282,7 +285,7 @@ def _rows_that_fit(places: list[tuple[Place, HeadSpec]]) -> int:
     """How many samples can be recorded for these probes."""
     heads = [(place.value, spec, ExitHead(spec)) for place, spec in places]
     numbers = sum({(value, str(head.pool)): pooled_shape(head, spec.shape).numel() for value, spec, head in heads}.values())
-    return max(int(MOST_BYTES / (2 * numbers)), 100)
+    return min(max(int(MOST_BYTES / (2 * numbers)), 100), MOST_ROWS)
 
 
 def _search(recorded: Recorded, limit: Limit, most: int, values: list[str]) -> Found:

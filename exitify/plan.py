@@ -82,8 +82,8 @@ class Cost:
 class HeadSpec:
     """A head's shape: enough to build it again.
 
-    kind: `linear` (pool, classify), `conv` (two 3x3 convolutions with norms first), `mlp` (one hidden layer), or `own`, as
-        the network's own head is built.
+    kind: `linear` (pool, classify), `conv` (two 3x3 convolutions of stride 2 with norms first), `deep` (one of stride 1 before
+        these), `mlp` (one hidden layer), or `own`, as the network's own head is built.
     layout: How the value is laid out: `nchw`, `nhwc`, `tokens` (N, T, C), `class_token` (the same, and the first token
         answers) or `vector` (N, C).
     shape: The value's shape without the batch.
@@ -92,7 +92,7 @@ class HeadSpec:
     steps: For `own`: what comes before the classifier, as `exitify.heads.STEPS` names it (`mean`, `layer_norm:1e-06`).
     """
 
-    kind: Literal["linear", "conv", "mlp", "own"]
+    kind: Literal["linear", "conv", "deep", "mlp", "own"]
     layout: Literal["nchw", "nhwc", "tokens", "class_token", "vector"]
     shape: tuple[int, ...]
     pool: int
@@ -103,7 +103,7 @@ class HeadSpec:
     @property
     def text(self) -> str:
         """How a user asks for this head: its kind, and its width where that may be chosen."""
-        return f"{self.kind}{self.width}" if self.kind in ("conv", "mlp") else self.kind
+        return f"{self.kind}{self.width}" if self.kind in ("conv", "deep", "mlp") else self.kind
 
     @property
     def channels(self) -> int:

@@ -57,8 +57,8 @@ class ChooseExits(Pass):
 
     Attributes:
         exits: `auto`, `none`, a number, or names separated by commas; after a name may follow the kind of its head, `layer2.3:conv`.
-        head: `auto` (convolutional where a feature map is large enough and the network is too), `linear`, `conv`, `mlp` (or with a
-            width, `conv128`), or `own`, built as the network's own is.
+        head: `auto` (convolutional where a feature map is large enough and the network is too), `linear`, `conv`, `deep`, `mlp`
+            (or with a width, `conv128`), or `own`, built as the network's own is.
     """
 
     name: ClassVar[str] = "choose-exits"

@@ -21,6 +21,15 @@ SPECS = [
     HeadSpec("mlp", "vector", (6,), 1, 8, 5),
     HeadSpec("conv", "nchw", (6, 16, 16), 2, 8, 5),
     HeadSpec("conv", "nchw", (6, 4, 4), 1, 8, 5),
+    HeadSpec("conv", "nhwc", (8, 8, 6), 2, 8, 5),
+    HeadSpec("deep", "nchw", (6, 16, 16), 2, 8, 5),
+    HeadSpec("deep", "nhwc", (8, 8, 6), 1, 8, 5),
+    HeadSpec("linear", "nhwc", (4, 4, 6), 1, 6, 5),
+    HeadSpec("linear", "class_token", (17, 6), 1, 6, 5),
+    HeadSpec("mlp", "nhwc", (4, 4, 6), 1, 8, 5),
+    HeadSpec("own", "nchw", (6, 4, 4), 1, 8, 5, ("layer_norm:1e-06", "relu", "max", "linear:8", "gelu", "dropout:0.1")),
+    HeadSpec("own", "class_token", (17, 6), 1, 6, 5, ("layer_norm:1e-06", "first")),
+    HeadSpec("own", "nhwc", (4, 4, 6), 1, 6, 5, ("mean", "batch_norm:1e-05")),
 ]
 
 

@@ -34,7 +34,7 @@ def transform(
         str, typer.Option(help="auto, none, how many, or names of modules separated by commas, each with its head if wanted: layer2.3:conv.")
     ] = "auto",
     skips: Annotated[str, typer.Option(help="Blocks that may be left out: auto, none, how many of each stage, or names of modules.")] = "none",
-    head: Annotated[str, typer.Option(help="auto, linear, conv, mlp (conv128: of that width), or own: as the network's own head.")] = "auto",
+    head: Annotated[str, typer.Option(help="auto, linear, conv, deep, mlp (conv128: of that width), or own: as the network's own head.")] = "auto",
     data: Annotated[str | None, typer.Option(help="Labelled pictures: exits auto are then searched, with probes trained on these.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Pictures that the network has not seen, to choose by; by default a part of --data.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="With --data: accuracy may fall by this much; 0.005 unless a time is given.")] = None,

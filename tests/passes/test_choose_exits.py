@@ -209,7 +209,7 @@ def test_choosing_exits_forgets_segments_cut_before():
         ("identity", "-1", "auto", "cannot exit after '-1'"),
         ("identity", "²", "auto", "cannot exit after '²'"),
         ("identity", "fc", "auto", "cannot exit after 'fc': it is the network's own answer\n  hint: exit after an earlier block"),
-        ("identity", "block1", "lstm", "there is no head 'lstm'\n  hint: there are auto, linear, conv, mlp"),
+        ("identity", "block1", "lstm", "there is no head 'lstm'\n  hint: there are auto, linear, conv, deep, mlp"),
         ("transformer", "block1", "conv", r"a conv head cannot read 'add_2', of shape \(N, 17, 16\)\n  hint: `--head linear` or `--head mlp`"),
         ("identity", "mean,block1", "conv", "cannot exit after 'mean': the network has no module"),
         ("plain", "mean", "conv", r"a conv head cannot read 'mean', of shape \(N, 16\)"),
@@ -284,6 +284,8 @@ def test_a_value_that_is_not_float32_is_refused_with_its_type():
         ("mlp", (17, 24), 1000, HeadSpec("mlp", "tokens", (17, 24), 1, 512, 1000)),
         ("conv", (24, 32, 32), 10, HeadSpec("conv", "nchw", (24, 32, 32), 4, 64, 10)),
         ("conv", (24, 32, 16), 1000, HeadSpec("conv", "nchw", (24, 32, 16), 2, 128, 1000)),
+        ("deep", (24, 32, 32), 10, HeadSpec("deep", "nchw", (24, 32, 32), 4, 64, 10)),
+        ("deep96", (24, 8, 8), 10, HeadSpec("deep", "nchw", (24, 8, 8), 1, 96, 10)),
         ("conv", (24, 2, 2), 10, HeadSpec("conv", "nchw", (24, 2, 2), 1, 64, 10)),
     ],
 )
@@ -313,7 +315,7 @@ def test_auto_takes_a_convolutional_head_where_it_costs_little_and_a_linear_one_
 
 
 def test_the_head_asked_for_is_the_head_given():
-    for kind in ("linear", "conv", "mlp"):
+    for kind in ("linear", "conv", "deep", "mlp"):
         assert {point.head.kind for point in ChooseExits("2", kind)(captured("identity")).plan.exits} == {kind}
 
 
