@@ -60,9 +60,8 @@ def cifar(work: Path) -> None:
         found = exitify.place_by_data(
             captured, train, contract=model.contract, held_out=chosen_by, max_drop=0.005, work=work / "probes", progress=told
         )
-        print(
-            f"search: {time.perf_counter() - started:.0f} s, {len(found.probes)} probes; expected {found.cost:.3f} of the time, bound {found.bound:.3f}"
-        )
+        seconds = time.perf_counter() - started
+        print(f"search: {seconds:.0f} s, {len(found.probes)} probes; expected {found.cost:.3f} of the time, bound {found.bound:.3f}")
         for probe in found.probes:
             worth = probe.worth
             print(
@@ -112,9 +111,8 @@ def compare(made: dict[str, Artifact], chosen_by: Samples, judged: Samples, resa
     ratios = np.array([[at(curves["searched"], drop, rows) / at(curves["spaced"], drop, rows) for drop in DROPS] for rows in draws])
     for i, drop in enumerate(DROPS):
         own = [at(curves[name], drop, draws[0]) for name in ("searched", "spaced")]
-        print(
-            f"{drop * 100:.2f} points below: searched {own[0]:.3f}, spaced {own[1]:.3f} of the time, ratio {ratios[0, i]:.3f} ± {ratios[1:, i].std():.3f}"
-        )
+        told_apart = f"ratio {ratios[0, i]:.3f} ± {ratios[1:, i].std():.3f}"
+        print(f"{drop * 100:.2f} points below: searched {own[0]:.3f}, spaced {own[1]:.3f} of the time, {told_apart}")
     print(f"mean ratio {ratios[0].mean():.3f} ± {ratios[1:].mean(1).std():.3f}")
 
 
