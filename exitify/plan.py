@@ -23,6 +23,13 @@ SCORES = ("top1", "entropy", "margin", "renyi_entropy")
 DIMENSIONS = {"nchw": 3, "nhwc": 3, "tokens": 2, "class_token": 2, "vector": 1}
 """How many dimensions a value of each layout has, without the batch."""
 
+_NUMBER = r"\d+(\.\d+)?(e-?\d+)?"
+_STEP = re.compile(
+    rf"mean|max|first|relu6?|gelu|gelu_tanh|silu|hardswish|leaky_relu|tanh|(layer_norm|batch_norm|dropout):{_NUMBER}"
+    rf"|group_norm:[1-9]\d{{0,3}}:{_NUMBER}|linear:[1-9]\d{{0,4}}"
+)
+"""A step of a head of the kind `own`; `exitify.heads` makes them."""
+
 BOUNDARY_MACS = 2_000_000
 """What an exit costs beside its head's multiply-adds, as multiply-adds: 40 µs at 50 GMAC/s, one x86 core.
 
@@ -426,6 +433,9 @@ class Plan:
         answer = self._producer.get(self.output)
         if answer is not None and answer.name in self._ancestors((point.logits,)):
             raise PlanError(f"exit {point.name!r} needs the network's own output", "exit before it")
+        known_steps = all(_STEP.fullmatch(step) for step in point.head.steps)
+        if not known_steps or (point.head.steps and point.head.kind != "own"):
+            raise PlanError(f"the head of exit {point.name!r} has steps that no head has: {', '.join(point.head.steps)}")
         read = self.values.get(point.after)
         dimensions = DIMENSIONS[point.head.layout]
         sizes = (*point.head.shape, point.head.pool, point.head.width, point.head.classes)

@@ -175,7 +175,7 @@ def test_reading_stretches_first_does_not_change_what_is_written():
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        (("exits", 0, "head", "kind"), "lstm", r"plan.exits\[0\].head.kind is 'lstm', not one of linear, conv, mlp"),
+        (("exits", 0, "head", "kind"), "lstm", r"plan.exits\[0\].head.kind is 'lstm', not one of linear, conv, deep, mlp, own"),
         (("exits", 0, "head", "shape", 1), "4", r"plan.exits\[0\].head.shape\[1\] is '4', not an integer"),
         (("segments", 1, "kind"), "loop", r"plan.segments\[1\].kind is 'loop', not one of trunk, block, head"),
         (("segments", 0, "cost", "macs"), 1.5, r"plan.segments\[0\].cost.macs is 1.5, not an integer"),
@@ -301,3 +301,23 @@ def test_costs_add_up_item_by_item():
 def test_an_exit_that_the_plan_does_not_have_is_refused_rather_than_ignored():
     with pytest.raises(PlanError, match="there is no exit 'exit9'"):
         hand_plan().stretches(("exit9",))
+
+
+def with_first_head(**changes) -> Plan:
+    whole = hand_plan()
+    first, *others = whole.exits
+    return dataclasses.replace(whole, exits=(dataclasses.replace(first, head=dataclasses.replace(first.head, **changes)), *others))
+
+
+@pytest.mark.parametrize("steps", [("softmax",), ("linear:0",), ("layer_norm",), ("layer_norm:x",), ("dropout:0.2;x",), ("mean ",)])
+def test_a_head_with_steps_that_no_head_has_is_refused(steps):
+    plan = with_first_head(kind="own", steps=steps)
+    with pytest.raises(PlanError, match=r"the head of exit '\w+' has steps that no head has"):
+        plan.check()
+
+
+def test_only_an_own_head_has_steps():
+    plan = with_first_head(steps=("mean",))
+    with pytest.raises(PlanError, match="has steps that no head has: mean"):
+        plan.check()
+    with_first_head(kind="own", steps=("layer_norm:1e-06", "relu", "mean", "linear:12", "group_norm:4:1e-05", "dropout:0.2")).check()

@@ -54,6 +54,11 @@ def export(program: Program, *, contract: InputContract | None = None, heads_tra
     """
     if not program.plan.segments:
         program = CutSegments()(program)
+    if program.plan.more_inputs:
+        raise ModelError(
+            f"the network reads {len(program.plan.inputs)} inputs ({', '.join(program.plan.inputs)}), and an artifact holds networks of one",
+            "wrap it in a module that holds the others, as buffers for instance",
+        )
     _refuse_other_dtypes(program)
     contract = contract or InputContract(
         shape=program.values[program.plan.input].shape, color="L" if program.values[program.plan.input].shape[0] == 1 else "RGB"

@@ -381,3 +381,17 @@ def test_tied_norms_have_second_sets_of_their_own():
     program = transform(model, torch.zeros(1, 3, 8, 8), exits="none", skips="auto").eval()
     answers_under_every_mask(program, torch.randn(3, 3, 8, 8))
     assert all(block[1].weight is weight for block, weight in zip(model.blocks, before))  # exporting unties nothing
+
+
+def test_a_network_of_several_inputs_is_trained_here_and_not_exported():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.conv(x).mean((2, 3)) * scale)
+
+    program = capture(Two().eval(), (torch.zeros(1, 3, 8, 8), torch.ones(1, 4)))
+    with pytest.raises(ModelError, match=r"the network reads 2 inputs \(x, scale\), and an artifact holds networks of one\n  hint: .*buffers"):
+        export(program)
