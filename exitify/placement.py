@@ -48,6 +48,9 @@ TRIED = ("linear", "conv", "deep", "mlp", "own")
 MOST_ROWS = 20_000
 """More samples tell places apart no better, and take longer."""
 
+MAX_DROP = 0.005
+"""How far accuracy may fall where nothing is said."""
+
 HELD_OUT = 0.2
 """Share of the data on which the search judges, where no other is given."""
 
@@ -144,7 +147,7 @@ def place_by_data(
         samples: Labelled, to train probes on.
         contract: What the network reads.
         held_out: Labelled, unseen by the network, to choose by; by default a part of `samples`.
-        max_drop: Accuracy may fall by this much, in [0, 1]; 0.005 unless a budget is given.
+        max_drop: Accuracy may fall by this much, in [0, 1]; `MAX_DROP` unless a budget is given.
         budget_ms: Mean time of an answer on this machine.
         head: `auto` tries all kinds.
         unit: Whether cost is measured time or multiply-adds. engine, threads: What is timed.
@@ -154,15 +157,7 @@ def place_by_data(
     Raises:
         PlanError: no head of this kind reads any place. DataError, CalibrationError: the samples do not fit, or are too few.
     """
-    limit_drop = 0.005 if max_drop is None and budget_ms is None else max_drop
-    if max_drop is not None and budget_ms is not None:
-        raise CalibrationError("exits are placed for one promise", "give --max-drop or --budget-ms")
-    if budget_ms is not None and unit != "ms":
-        raise CalibrationError("--budget-ms is a time, and costs were asked for in multiply-adds", "leave out --cost macs")
-    if limit_drop is not None and not 0 <= limit_drop <= 1:
-        raise CalibrationError(f"--max-drop {limit_drop:g} is no share of the samples", "0.005 is half a point of accuracy")
-    if head != "auto":
-        check_kind(head)
+    _check_request(max_drop, budget_ms, unit, head)
     options = replace(training or PROBE_TRAINING, seed=seed)
     if held_out is None:
         order = np.random.default_rng(seed).permutation(len(samples))
@@ -191,7 +186,7 @@ def place_by_data(
         recorded = Recorded(recorded.confidence, recorded.loss, reach, heads)
         whole, engine_name = times.whole_ms, times.engine
     progress("searching exits", 0, 1)
-    limit = Limit(cost=budget_ms / whole) if budget_ms is not None else Limit(loss=limit_drop)
+    limit = Limit(cost=budget_ms / whole) if budget_ms is not None else Limit(loss=MAX_DROP if max_drop is None else max_drop)
     found = _search(recorded, limit, most_exits, [point.after for point in artifact.plan.exits])
     progress("searching exits", 1, 1)
     probes = _judged(artifact, outputs, recorded, found, limit, {place.value: place for place, _ in places}, most_exits)
@@ -206,6 +201,19 @@ def place_by_data(
         placed, exported, probes, tuple(turned_down), unit, engine_name, whole, accuracy, found.loss, found.cost, found.bound, found.is_exact,
         "" if len(found.chosen) else _why_none(probes), _warning(accuracy, temperatures[-1]),
     )  # fmt: skip
+
+
+def _check_request(max_drop: float | None, budget_ms: float | None, unit: str, head: str) -> None:
+    if max_drop is not None and budget_ms is not None:
+        raise CalibrationError("exits are placed for one promise", "give --max-drop or --budget-ms")
+    if budget_ms is not None and unit != "ms":
+        raise CalibrationError("--budget-ms is a time, and costs were asked for in multiply-adds", "leave out --cost macs")
+    if budget_ms is not None and not 0 < budget_ms < np.inf:
+        raise CalibrationError(f"--budget-ms {budget_ms:g} is no time", "12 is twelve milliseconds an answer")
+    if max_drop is not None and not 0 <= max_drop <= 1:
+        raise CalibrationError(f"--max-drop {max_drop:g} is no share of the samples", "0.005 is half a point of accuracy")
+    if head != "auto":
+        check_kind(head)
 
 
 def _places(program: Program, head: str, samples: Samples) -> tuple[list[tuple[Place, HeadSpec]], list[Considered]]:

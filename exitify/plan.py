@@ -367,6 +367,13 @@ class Plan:
             result[stretch.exit] = total
         return result
 
+    def crossing_bytes(self, point: ExitPoint) -> int:
+        """Bytes of one sample that the rest of the network reads when it goes on behind this exit."""
+        before = self._ancestors((point.after,))
+        made = {*self.inputs, *(value for name in before for value in self.segment(name).outputs)}
+        read = {value for segment in self.segments if segment.kind != "head" and segment.name not in before for value in segment.inputs}
+        return sum(self.values[value].size_bytes for value in made & read)
+
     @property
     def full_macs(self) -> int:
         """Multiply-adds of the network without any exit, nothing left out."""

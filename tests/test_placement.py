@@ -39,7 +39,7 @@ def place(tmp_path: Path, program: Program | None = None, **options: object) -> 
 @pytest.fixture
 def free_boundaries(monkeypatch):
     """The network of the tests is small; without the price of boundaries its exits pay."""
-    monkeypatch.setattr(calibration, "BOUNDARY_MACS", 0)
+    monkeypatch.setattr(calibration, "boundary_macs", lambda _: 0)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_the_samples_that_probes_were_trained_on_are_remembered(found, caplog):
 
 
 def test_where_no_exit_pays_the_answer_is_none_with_the_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "BOUNDARY_MACS", 10**8)
+    monkeypatch.setattr(calibration, "boundary_macs", lambda _: 10**8)
     found = place(tmp_path, max_drop=0.02)
     assert found.program.plan.exits == ()
     assert found.artifact.plan.exits == ()
@@ -188,6 +188,7 @@ def test_exits_by_data_and_skip_paths_go_together(tmp_path, free_boundaries):
     [
         ({"max_drop": 0.01, "budget_ms": 3.0}, "exits are placed for one promise"),
         ({"budget_ms": 3.0}, "--budget-ms is a time, and costs were asked for in multiply-adds"),
+        ({"budget_ms": 0.0, "unit": "ms"}, "--budget-ms 0 is no time"),
         ({"max_drop": 2.0}, "--max-drop 2 is no share of the samples"),
     ],
 )

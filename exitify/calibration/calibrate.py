@@ -18,7 +18,7 @@ from exitify.calibration.temperature import fit_temperature, log_softmax
 from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path, stricter_first
 from exitify.data import Samples, rows_at_once
 from exitify.errors import CalibrationError
-from exitify.plan import BOUNDARY_MACS, FINAL, Mask, Plan, mask_text
+from exitify.plan import FINAL, Mask, Plan, boundary_macs, mask_text
 from exitify.progress import Progress, silent
 from exitify.runtime.session import Session
 
@@ -419,7 +419,8 @@ def recorded_outputs(outputs: Outputs, temperatures: NDArray[np.float64], plan: 
     reach = plan.macs_at(names, outputs.mask or None)
     heads = np.array([plan.head(point).cost.macs for point in plan.exits], float)
     reach_cost = np.array([*reach.values()], float) - np.append(np.cumsum(heads), heads.sum())
-    return Recorded(outputs.confidence(temperatures, policy), loss, reach_cost / full, (heads + BOUNDARY_MACS) / full)
+    boundaries = np.array([boundary_macs(plan.crossing_bytes(point)) for point in plan.exits], float)
+    return Recorded(outputs.confidence(temperatures, policy), loss, reach_cost / full, (heads + boundaries) / full)
 
 
 def confidence_of(logits: NDArray[np.floating], policy: str) -> NDArray[np.float64]:

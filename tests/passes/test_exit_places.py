@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from examples.revcol_t.model import RevCol
+from examples.revcol_t.model import RevCol, revcol_t
 from exitify.passes.choose_exits import ChooseExits
 from exitify.passes.cost import value_cost
 from exitify.passes.exit_places import Places
@@ -99,6 +99,17 @@ def test_a_network_of_columns_takes_three_exits_whose_segments_are_the_network()
         assert_close(values[point.logits], outputs[point.name])
 
 
+@pytest.mark.slow
+def test_revcol_t_itself_takes_three_exits_of_514024_parameters_each():
+    model = revcol_t().eval()
+    x = torch.randn(1, 3, 224, 224)
+    program = transform(model, x, exits=3, head="own")
+    assert [point.place for point in program.plan.exits] == ["columns.0", "columns.1", "columns.2"]
+    assert [program.plan.head(point).cost.parameters for point in program.plan.exits] == [514_024] * 3
+    assert [len(segment.inputs) for segment in program.plan.segments if segment.kind == "trunk"] == [1, 5, 5, 5]
+    assert_close(run_segments(program, x)[program.plan.output], model(x))
+
+
 def test_the_way_down_of_a_u_shape_hands_on_all_that_the_way_up_reads_again():
     found = wide(UNet())
     assert found["down2"] == 2
@@ -167,3 +178,17 @@ def test_which_side_is_channels_is_told_by_the_layers_before_and_not_by_the_shap
     places = Places(program)
     assert (places.layout_of("relu"), places.layout_of("relu_1")) == ("nchw", "nhwc")
     assert [point.head.layout for point in ChooseExits("relu,relu_1", "linear")(program).plan.exits] == ["nchw", "nhwc"]
+
+
+def test_a_plan_tells_the_same_bytes_that_cross_as_the_place_did():
+    for model, shape in (
+        (UNet(), SHAPE),
+        (Branches(), SHAPE),
+        (RevCol(channels=(8, 16, 24, 32), blocks=(1, 1, 2, 1), columns=4, classes=CLASSES), (3, 64, 64)),
+    ):
+        program = program_of(model, shape)
+        places = Places(program)
+        for place in [*places.narrow(), *places.wide(places.narrow())]:
+            if 0.05 < place.share < 0.95 and len(program.values[place.value].shape) == 3:
+                plan = transform(model, torch.randn(1, *shape), exits=place.value, head="linear").plan
+                assert plan.crossing_bytes(plan.exits[0]) == place.crossing_bytes, place
