@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -202,10 +203,31 @@ def _trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Mod
                 "write it without in-place operations, or move that part into a submodule of its own; it is then kept as one piece",
             )
         whole |= hidden.keys()
+    _put_numbers_in(members, graph, inputs)
     _read_what_was_written(members, graph)
     _keep_dropouts(members, graph)
     _drop_unused(graph)
     return members, graph, {node.name: _place(node) for node in graph.nodes}
+
+
+def _put_numbers_in(members: nn.Module, graph: fx.Graph, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Replace sizes that a module kept whole returns beside its tensors by what they are: numbers cannot cross a cut."""
+    picked = [
+        node
+        for node in graph.nodes
+        if node.target is operator.getitem
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "call_module"
+        and isinstance(node.args[1], int)
+    ]
+    shapes = Shapes(members, inputs)
+    for node in picked:
+        try:
+            known = shapes.answer(node)
+        except Exception:  # noqa: S112 - a tensor, or what only running tells
+            continue
+        node.replace_all_uses_with(known)
+        graph.erase_node(node)
 
 
 def _written_through_views(members: nn.Module, graph: fx.Graph, inputs: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -770,3 +770,33 @@ def test_a_forward_that_keeps_tables_leaves_none_of_the_trace_in_its_modules():
     model = Small(KeepsTables()).eval()
     capture(model, images())
     assert not isinstance(getattr(model.part, "last", None), torch.fx.Proxy)
+
+
+class ReturnsSizes(nn.Module):
+    """Cannot be traced, and returns beside its tensor the sides of a map, as MViT's attention does."""
+
+    def forward(self, x: torch.Tensor, sides: list[int]) -> tuple[torch.Tensor, list[int]]:
+        x = x.clone()
+        x[:, 0] = 0
+        return x, [side // 2 for side in sides]
+
+
+def test_sizes_that_a_module_kept_whole_returns_are_numbers_and_cross_no_cut():
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.whole, self.body, self.fc = nn.Conv2d(3, 4, 3, padding=1), ReturnsSizes(), nn.Conv2d(4, 4, 1), nn.Linear(4, CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            x, (height, width) = self.whole(x, [x.shape[2], x.shape[3]])
+            x = self.body(x).relu()
+            return self.fc(F.adaptive_avg_pool2d(x, (height, width)).mean((2, 3)))
+
+    model = Pooled().eval()
+    program = capture(model, images())
+    assert "whole" in targets(program)
+    split = with_exits(program, "body")
+    x = images(2)
+    assert torch.equal(split(x), model(x))
+    assert_close(run_segments(split, x)[split.plan.output], model(x))
