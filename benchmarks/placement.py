@@ -189,8 +189,10 @@ def mobilenet() -> None:
     for name, gap in worst.items():
         print(f"  {name:14} {gap:.1e}")
     print(f"the same class as torch on {same:.1%}; labels right on {accuracy(artifact, pictures):.1%}")
+    order = np.random.default_rng(0).permutation(len(pictures))
+    some, others = pictures.subset(order[:120]), pictures.subset(order[120:])
     for unit in ("ms", "macs"):
-        found = exitify.place_by_data(captured, pictures, contract=model.contract, max_drop=0.005, unit=unit, work=None, progress=told)  # type: ignore[arg-type]
+        found = exitify.place_by_data(captured, some, contract=model.contract, held_out=others, max_drop=0.005, unit=unit, progress=told)  # type: ignore[arg-type]
         exits = ", ".join(f"{point.place} {point.head.text}" for point in found.program.plan.exits)
         print(f"by {unit}: {exits or 'none'}; {found.reason or f'{found.cost:.3f} of the cost'}. {found.warning}")
 
@@ -200,7 +202,7 @@ def imagenet(contract: Any) -> Samples:
     from exitify.pictures import picture_pixels
 
     lines = [line.split("\t") for line in (DATA / "imagenet_sample" / "classes.tsv").read_text().splitlines()[1:]]
-    names = {line[0]: next(int(cell) for cell in line[1:] if cell.isdigit()) for line in lines}
+    names = {wnid: int(index) for index, wnid, *_ in lines}
     paths = sorted((DATA / "imagenet_sample").glob("*/*.jpg"))
     pixels = np.stack([picture_pixels(path, contract) for path in paths])
     target = Path(os.environ.get("TMPDIR", "/tmp")) / "exitify_imagenet_sample.npz"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from exitify.artifact.artifact import Artifact, build_artifact
 from exitify.artifact.manifest import InputContract
 from exitify.calibration.calibrate import Outputs, excess_error, record_outputs, recorded_outputs
-from exitify.calibration.exit_search import Found, Limit, Worth, best_added, lower_bound, of_exits, price_at, search, worths
+from exitify.calibration.exit_search import Found, Limit, Worth, best_added, lower_bound, of_exits, search, worths
 from exitify.calibration.segment_times import measure_segments, shares_of_time
 from exitify.calibration.temperature import fit_temperature
 from exitify.calibration.thresholds import NEVER, Recorded
@@ -319,7 +319,7 @@ def _judged(
     """Every probe with what it does, or would do."""
     points = artifact.plan.exits
     off = [k for k in range(len(points)) if k not in found.chosen]
-    worth = dict(enumerate(worths(recorded, found.thresholds))) | best_added(recorded, found.thresholds, price_at(recorded, limit), off)
+    worth = dict(enumerate(worths(recorded, found.thresholds))) | best_added(recorded, found.thresholds, limit, off)
     probes = []
     for k, point in enumerate(points):
         place = places[point.after]
@@ -334,7 +334,7 @@ def _judged(
 
 def _why_not(worth: Worth, is_full: bool) -> str:
     if worth.leaves == 0:
-        return "nothing that would leave there is both sure enough and cheaper"
+        return "whatever would leave there is not sure enough, or would leave as cheaply elsewhere"
     text = f"would save {worth.saves:.2%} of the mean and cost {worth.costs:.2%}"
     return f"{text}, and others save more" if worth.saves > worth.costs and is_full else text
 

@@ -67,7 +67,7 @@ def test_every_probe_says_what_it_does_or_would_do(found):
     chosen = [(probe.value, probe.head) for probe in found.probes if probe.verdict == "exit"]
     assert chosen == [(point.after, point.head) for point in found.program.plan.exits]
     for probe in found.probes:
-        assert probe.verdict == "exit" or "would save" in probe.verdict or "nothing that would leave there" in probe.verdict
+        assert probe.verdict == "exit" or "would save" in probe.verdict or "not sure enough" in probe.verdict
         assert 0 <= probe.worth.leaves <= probe.worth.comes_by <= 1
     saved = sum(probe.worth.saves - probe.worth.costs for probe in found.probes if probe.verdict == "exit")
     assert saved > 0

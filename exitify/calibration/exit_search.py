@@ -119,13 +119,6 @@ def lower_bound(recorded: Recorded, limit: Limit) -> float:
     return max(bounds) if limit.loss is not None else max(bounds[1:])
 
 
-def price_at(recorded: Recorded, limit: Limit) -> float:
-    """What an error is worth, in units of cost, where the limit is met: the price at which coordinate search comes closest to it."""
-    scale = float(recorded.reach_cost[-1])
-    held = [limit.holds(*judge(recorded, thresholds)) for thresholds in price_path(recorded, len(PRICES))]
-    return float(PRICES[_edge(held, limit)] * scale)
-
-
 def _edge(held: list[bool], limit: Limit) -> int:
     """The last price, from high to low, whose errors are few enough; or the first whose cost is low enough."""
     within = [i for i, holds in enumerate(held) if holds]
@@ -355,16 +348,30 @@ def worths(recorded: Recorded, thresholds: NDArray[np.float64]) -> list[Worth]:
     return found
 
 
-def best_added(recorded: Recorded, thresholds: NDArray[np.float64], price: float, exits: Iterable[int]) -> dict[int, Worth]:
-    """Of exits that are off, what each would do at its best threshold for this price on errors, the others left as they are."""
+def best_added(recorded: Recorded, thresholds: NDArray[np.float64], limit: Limit, exits: Iterable[int]) -> dict[int, Worth]:
+    """Of exits that are off, what each would do where it saves most within the limit, the others left as they are.
+
+    Within a cost it is where it saves most without more loss.
+    """
+    taken = exits_taken(recorded.confidence, thresholds)
+    everyone = np.arange(len(taken))
+    weight = np.ones(len(taken)) if recorded.weight is None else recorded.weight
+    total = weight.sum()
+    cost = recorded.cost(thresholds)
+    loss = float((recorded.loss[taken, everyone] * weight).sum() / total)
+    allowed = max(limit.loss, loss) if limit.loss is not None else loss
     found: dict[int, Worth] = {}
     for k in exits:
-        alone = np.flatnonzero((thresholds < NEVER) | (np.arange(len(thresholds)) == k))
-        free = of_exits(recorded, alone)
-        free = Recorded(free.confidence, free.loss, free.reach_cost, np.where(alone == k, 0.0, free.try_cost), free.weight)
-        tried = optimise(free, price, thresholds[alone], rounds=1)
-        own = int(np.flatnonzero(alone == k)[0])
-        kept = thresholds[alone].copy()
-        kept[own] = tried[own]
-        found[k] = worths(of_exits(recorded, alone), kept)[own]
+        waits = np.flatnonzero(taken > k)
+        order = waits[np.argsort(-recorded.confidence[k, waits], kind="stable")]
+        saved = np.cumsum((cost[taken[order]] - cost[k]) * weight[order]) / total
+        lost = loss + np.cumsum((recorded.loss[k, order] - recorded.loss[taken[order], order]) * weight[order]) / total
+        ranked = recorded.confidence[k, order]
+        fits = np.flatnonzero(np.append(ranked[1:] < ranked[:-1], len(ranked) > 0) & (lost <= allowed + 1e-12) & (saved > 0))
+        if not len(fits):
+            found[k] = Worth(0.0, 0.0, 0.0, 0.0)
+            continue
+        i = int(fits[saved[fits].argmax()])
+        comes_by = float(weight[waits].sum() / total)
+        found[k] = Worth(float(weight[order[: i + 1]].sum() / total), comes_by, float(saved[i]), float(recorded.try_cost[k]) * comes_by)
     return found

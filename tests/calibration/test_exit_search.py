@@ -130,9 +130,25 @@ def test_what_an_unused_exit_would_do_is_told_without_changing_the_others():
     recorded = recording(6, 400, 8)
     found = search(recorded, Limit(loss=0.02), most_exits=2)
     off = [k for k in range(6) if k not in found.chosen]
-    added = best_added(recorded, found.thresholds, 50.0, off)
+    limit = Limit(loss=0.02)
+    added = best_added(recorded, found.thresholds, limit, off)
     assert sorted(added) == off
-    assert all(worth.saves >= 0 and worth.leaves <= worth.comes_by for worth in added.values())
+    for k, worth in added.items():
+        best = 0.0
+        for threshold in levels(recorded.confidence[k], 10_000):
+            tried = found.thresholds.copy()
+            tried[k] = threshold
+            loss, cost = judge(recorded, tried)
+            if limit.holds(loss, cost) and threshold < NEVER:
+                best = max(best, found.cost - cost + worth.costs)
+        assert worth.saves == pytest.approx(best) or (worth.leaves == 0 and best <= recorded.try_cost[k])
+
+
+def test_an_unused_exit_is_not_said_to_save_by_answers_that_the_limit_forbids():
+    recorded = Recorded(np.full((1, 50), 0.9), np.stack([np.ones(50), np.zeros(50)]), np.array([0.1, 1.0]), np.array([0.01]))
+    found = search(recorded, Limit(loss=0.01))
+    assert not len(found.chosen)
+    assert best_added(recorded, found.thresholds, Limit(loss=0.01), [0])[0].leaves == 0
 
 
 def test_weighted_samples_count_as_often_as_they_weigh():
