@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitify.errors import PlanError
-from exitify.plan import DIMENSIONS, Cost, HeadSpec, Value
+from exitify.plan import DIMENSIONS, Cost, HeadSpec, Value, steps_problem
 
 KINDS = ("linear", "conv", "deep", "mlp", "own")
 _KIND = re.compile(r"(linear|conv|deep|mlp|own)|(conv|deep|mlp)([1-9]\d{0,3})")
@@ -237,7 +237,10 @@ def head_spec(
     channels = shape[0] if layout == "nchw" else shape[-1]
     if kind == "own":
         steps = _own_steps(own, layout, name)
-        return HeadSpec("own", cast(Any, layout), shape, 1, own_width or channels, classes, steps)
+        spec = HeadSpec("own", cast(Any, layout), shape, 1, own_width or channels, classes, steps)
+        if problem := steps_problem(spec):
+            raise PlanError(f"the network's own head cannot stand after {name!r}: {problem}", "`--head linear`, `conv` or `mlp`")
+        return spec
     width = int(asked[3]) if asked[3] else channels if kind == "linear" else 64 if classes <= 100 else 512 if kind == "mlp" else 128
     sides = shape[1:] if layout == "nchw" else shape[:2]
     pool = max(1, round(min(sides) / 8)) if kind in ("conv", "deep") else 1

@@ -173,7 +173,7 @@ def place_by_data(
     drawn = samples if rows >= len(samples) else samples.subset(np.random.default_rng((seed, 1)).permutation(len(samples))[:rows])
     folder = work or Path("exitify-probes")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the same probes when an interrupted search goes on
+        torch.default_generator.manual_seed(seed)  # the same probes when an interrupted search goes on
         probed = export(_with_probes(program, places), contract=contract, heads_trained=False)
     artifact, _ = train_heads(probed, drawn, options, work=folder, progress=progress)
     outputs = record_outputs(artifact, held_out, engine="auto" if unit == "macs" else engine, threads=threads, progress=progress)

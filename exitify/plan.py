@@ -23,12 +23,15 @@ SCORES = ("top1", "entropy", "margin", "renyi_entropy")
 DIMENSIONS = {"nchw": 3, "nhwc": 3, "tokens": 2, "class_token": 2, "vector": 1}
 """How many dimensions a value of each layout has, without the batch."""
 
-_NUMBER = r"\d+(\.\d+)?(e-?\d+)?"
+_NUMBER = r"[0-9]{1,6}(\.[0-9]{1,12})?(e-?[0-9]{1,2})?"
 _STEP = re.compile(
     rf"mean|max|first|relu6?|gelu|gelu_tanh|silu|hardswish|leaky_relu|tanh|(layer_norm|batch_norm|dropout):{_NUMBER}"
-    rf"|group_norm:[1-9]\d{{0,3}}:{_NUMBER}|linear:[1-9]\d{{0,4}}"
+    rf"|group_norm:[1-9][0-9]{{0,3}}:{_NUMBER}|linear:[1-9][0-9]{{0,4}}"
 )
 """A step of a head of the kind `own`; `exitify.heads` makes them."""
+
+MOST_STEPS, MOST_HIDDEN = 16, 2**26
+"""A head has no more steps, and no more weights in hidden layers."""
 
 BOUNDARY_MACS = 2_000_000
 """What an exit costs beside its head's multiply-adds, as multiply-adds: 40 µs at 50 GMAC/s, one x86 core.
@@ -121,6 +124,33 @@ class HeadSpec:
         pool = f" pool {self.pool}" if self.pool > 1 else ""
         steps = f" {', '.join(self.steps)}" if self.steps else ""
         return f"{self.kind}{pool}{steps} {'x'.join(map(str, self.shape))} -> {self.width} -> {self.classes}"
+
+
+def steps_problem(head: HeadSpec) -> str:
+    """What is wrong with a head's steps on the value that it reads; empty where nothing is."""
+    if head.kind != "own":
+        return ", ".join(head.steps)
+    wrong = [step for step in head.steps if not _STEP.fullmatch(step)]
+    if wrong or len(head.steps) > MOST_STEPS:
+        return ", ".join(wrong) or f"{len(head.steps)} steps"
+    pools = [step for step in head.steps if step in ("mean", "max", "first")]
+    if len(pools) != (head.layout != "vector"):
+        return f"{len(pools)} pools on a value of the layout {head.layout}"
+    channels, hidden, is_map = head.channels, 0, head.layout != "vector"
+    for step in head.steps:
+        name, *options = step.split(":")
+        if name in ("batch_norm", "group_norm") and is_map and head.layout != "nchw":
+            return f"{step} on channels that come last"
+        if name == "group_norm" and channels % int(options[0]):
+            return f"{step} on {channels} channels"
+        if name == "dropout" and float(options[0]) > 1:
+            return step
+        if name == "linear":
+            hidden, channels = hidden + channels * int(options[0]), int(options[0])
+            if is_map or hidden > MOST_HIDDEN:
+                return step
+        is_map = is_map and step not in pools
+    return "" if channels == head.width else f"they end in {channels} numbers, and its classifier reads {head.width}"
 
 
 @dataclass(frozen=True)
@@ -440,9 +470,9 @@ class Plan:
         answer = self._producer.get(self.output)
         if answer is not None and answer.name in self._ancestors((point.logits,)):
             raise PlanError(f"exit {point.name!r} needs the network's own output", "exit before it")
-        known_steps = all(_STEP.fullmatch(step) for step in point.head.steps)
-        if not known_steps or (point.head.steps and point.head.kind != "own"):
-            raise PlanError(f"the head of exit {point.name!r} has steps that no head has: {', '.join(point.head.steps)}")
+        problem = steps_problem(point.head)
+        if problem:
+            raise PlanError(f"the head of exit {point.name!r} has steps that no head has: {problem}")
         read = self.values.get(point.after)
         dimensions = DIMENSIONS[point.head.layout]
         sizes = (*point.head.shape, point.head.pool, point.head.width, point.head.classes)

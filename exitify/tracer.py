@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -37,6 +38,9 @@ BATCHES = (1, 250)
 
 CONSTRUCTORS = ("zeros", "ones", "empty", "rand", "randn")
 """Functions of torch that take sizes one by one, and do so from numbers alone."""
+
+RESHAPING_IN_PLACE = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "set_")
+"""Methods after which questions about a tensor's shape would be answered wrongly."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -120,7 +124,7 @@ class _Search:
                     seeded(),
                     _modes(self.model, training),
                     _watched(tracer),
-                    _left_as_it_was(self.model) as kept,
+                    left_as_it_was(self.model) as kept,
                     _checkpoints_open(tracer),
                     _sizes_in_tuples(),
                 ):
@@ -158,6 +162,7 @@ class _Tracer(fx.Tracer):
         self.readers: dict[str, str] = {}
         self.checkpoints: dict[str, None] = {}
         self.drawing: set[str] = set()
+        self.is_tracing = self.has_region_without_gradients = False
         self.shapes = Shapes(model, example)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -185,6 +190,23 @@ class _Tracer(fx.Tracer):
         if _drawn() != before:  # numbers drawn while tracing would be constants of the graph
             self.drawing.add(path)
         return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node; where gradients are switched off the module around becomes one, since a graph has no such regions."""
+        if self.is_tracing and not torch.is_grad_enabled():
+            if self.inside:
+                raise fx.proxy.TraceError("a part of it runs under torch.no_grad()")
+            self.has_region_without_gradients = True
+        return super().create_node(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """With gradients, as in training."""
+        with torch.enable_grad():
+            self.is_tracing = True
+            graph = super().trace(*args, **kwargs)
+        if self.has_region_without_gradients:
+            log.warning("the model switches gradients off for a part of its forward (torch.no_grad); the program does not")
+        return graph
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter's proxy."""
@@ -238,6 +260,8 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
     """`x.shape`, or the method that is about to be called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr in RESHAPING_IN_PLACE:
+            raise fx.proxy.TraceError(f"{self.attr} changes the shape of a tensor that others hold")
         if self.tracer.knows_shapes and self.attr in ("size", "dim") and not isinstance(self.root, _Attribute):
             sizes = self.tracer.shapes.sizes(self.root)
             if self.attr == "dim":
@@ -384,23 +408,34 @@ def _is_torchs(file: str) -> bool:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Whatever is kept in modules while they are traced is taken out again; yields, afterwards, what it was in the model itself.
+def left_as_it_was(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Whatever is kept in modules meanwhile is taken out again; yields, afterwards, what was new in the model itself.
 
-    A forward may cache tables, and torch.fx puts the constants of the graph there.
+    A forward may cache tables, fill lists and count its calls, and torch.fx puts the constants of the graph there.
     """
-    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    before = [
+        (module, dict(vars(module)), {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, (list, dict, set))})
+        for module in model.modules()
+    ]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()]
     kept: dict[str, Any] = {}
     try:
         yield kept
     finally:
-        for module, attributes, buffers in before:
-            for name in module.__dict__.keys() - attributes.keys():
-                value = module.__dict__.pop(name)
+        for module, attributes, containers in before:
+            for name in vars(module).keys() - attributes.keys():
+                value = vars(module).pop(name)
                 if module is model:
                     kept[name] = value
-            module.__dict__.update(attributes)
-            module._buffers.update(buffers)
+            vars(module).update(attributes)
+            for name, saved in containers.items():
+                container = attributes[name]
+                container.clear()
+                container.extend(saved) if isinstance(container, list) else container.update(saved)
+        with torch.no_grad():
+            for buffer, version, numbers in buffers:
+                if buffer._version != version:
+                    buffer.copy_(numbers)
 
 
 @contextmanager
@@ -435,7 +470,7 @@ def _sizes_in_tuples() -> Iterator[None]:
 
     def recording(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            is_split = any(isinstance(argument, fx.Proxy) for argument in args)
+            is_split = len(args) > 1 and any(isinstance(argument, fx.Proxy) for argument in args)
             return function(tuple(args), **kwargs) if is_split else function(*args, **kwargs)
 
         return call
@@ -453,8 +488,11 @@ def seeded() -> Iterator[None]:
     """All generators, from which a model may draw, at their starts; afterwards where they were."""
     drawn, numbers = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(0)
+            if devices:
+                torch.cuda.manual_seed_all(0)
             random.seed(0)
             np.random.seed(0)
             yield

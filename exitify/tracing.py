@@ -18,7 +18,7 @@ from exitify.errors import ModelError, first_line
 from exitify.exported import exported_place, raise_to_modules
 from exitify.plan import Plan, Value
 from exitify.program import Program, copy_graph, in_mode
-from exitify.tracer import BATCHES, DROPOUTS, Shapes, seeded, trace
+from exitify.tracer import BATCHES, DROPOUTS, Shapes, left_as_it_was, seeded, trace
 
 Example = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 
@@ -52,7 +52,8 @@ def capture(model: nn.Module, example: Example, *, source: str = "", scores: str
         if not read:
             raise ModelError("the model computes nothing from its input", "give a network that reads what it is given")
         result = _scores_node(graph, at)
-        values = _describe_values(members, graph, inputs)
+        with left_as_it_was(members):
+            values = _describe_values(members, graph, inputs)
         plan = Plan(read[0], result.name, values={name: values[name] for name in (*read, result.name)}, more_inputs=tuple(read[1:]))
         program = Program(members, graph, plan, values=values, places=places, source=source)
         program.eval()
@@ -194,7 +195,8 @@ def _trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Mod
         members = _shell(model)
         for name, constant in constants.items():  # neither parameters nor buffers of the model: no state_dict holds them
             members.register_buffer(name, constant, persistent=False)
-        hidden = _written_through_views(members, graph, inputs)
+        with left_as_it_was(members):
+            hidden = _written_through_views(members, graph, inputs)
         if not hidden:
             break
         if "" in hidden:
@@ -203,7 +205,8 @@ def _trace(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Mod
                 "write it without in-place operations, or move that part into a submodule of its own; it is then kept as one piece",
             )
         whole |= hidden.keys()
-    _put_numbers_in(members, graph, inputs)
+    with left_as_it_was(members):
+        _put_numbers_in(members, graph, inputs)
     _read_what_was_written(members, graph)
     _keep_dropouts(members, graph)
     _drop_unused(graph)

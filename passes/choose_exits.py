@@ -88,7 +88,12 @@ class ChooseExits(Pass):
         program, kinds = places.program, dict[str, str]()
         for item in self.exits.split(","):
             name, colon, kind = item.strip().rpartition(":")
-            kinds[_find_value(program, name if colon else kind)] = kind if colon else self.head
+            value = _find_value(program, name if colon else kind)
+            if kinds.get(value, kind if colon else self.head) != (kind if colon else self.head):
+                raise PlanError(
+                    f"two heads are asked for after {value!r}: {kinds[value]} and {kind}", "an exit has one; exit elsewhere for the other"
+                )
+            kinds[value] = kind if colon else self.head
         within = skippable(program)
         for value in kinds.keys() & within.keys():
             hint = "exit after a whole stage or its mandatory blocks, or leave out others: --skips"

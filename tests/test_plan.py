@@ -309,7 +309,15 @@ def with_first_head(**changes) -> Plan:
     return dataclasses.replace(whole, exits=(dataclasses.replace(first, head=dataclasses.replace(first.head, **changes)), *others))
 
 
-@pytest.mark.parametrize("steps", [("softmax",), ("linear:0",), ("layer_norm",), ("layer_norm:x",), ("dropout:0.2;x",), ("mean ",)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ("softmax", "mean"), ("linear:0", "mean"), ("layer_norm", "mean"), ("layer_norm:x", "mean"), ("dropout:0.2;x", "mean"),
+        ("mean ",), ("mean", "mean"), (),
+        ("dropout:5", "mean"), ("group_norm:7:1e-05", "mean"), ("linear:8", "mean"), ("mean", "linear:9"), ("mean", "linear:99999", "linear:99999"),
+        ("mean", "linear:1٣"), ("layer_norm:1e999", "mean"), ("mean", *["relu"] * 20),
+    ],
+)  # fmt: skip
 def test_a_head_with_steps_that_no_head_has_is_refused(steps):
     plan = with_first_head(kind="own", steps=steps)
     with pytest.raises(PlanError, match=r"the head of exit '\w+' has steps that no head has"):
@@ -320,4 +328,7 @@ def test_only_an_own_head_has_steps():
     plan = with_first_head(steps=("mean",))
     with pytest.raises(PlanError, match="has steps that no head has: mean"):
         plan.check()
-    with_first_head(kind="own", steps=("layer_norm:1e-06", "relu", "mean", "linear:12", "group_norm:4:1e-05", "dropout:0.2")).check()
+    width = hand_plan().exits[0].head.width
+    with_first_head(
+        kind="own", steps=("layer_norm:1e-06", "relu", "mean", "linear:12", "group_norm:4:1e-05", f"linear:{width}", "dropout:0.2")
+    ).check()

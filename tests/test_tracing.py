@@ -800,3 +800,116 @@ def test_sizes_that_a_module_kept_whole_returns_are_numbers_and_cross_no_cut():
     x = images(2)
     assert torch.equal(split(x), model(x))
     assert_close(run_segments(split, x)[split.plan.output], model(x))
+
+
+class Remembers(nn.Module):
+    """Caches by batch size, lists what it saw, counts in training, and cannot be traced through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_batch: dict[int, torch.Tensor] = {}
+        self.seen: list[torch.Tensor] = []
+        self.table: torch.Tensor | None = None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.steps += 1
+        self.seen.append(x)
+        if self.table is None or self.table.shape[0] < len(x):
+            self.table = torch.ones(len(x), 1, 1, 1)
+        if len(x) not in self.by_batch:
+            self.by_batch[len(x)] = torch.full((len(x), 1, 1, 1), 2.0)
+        return x * self.by_batch[len(x)] * self.table[: len(x)]
+
+
+class Notes(nn.Module):
+    """The same habits, and traceable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+        self.last: dict[str, torch.Tensor] = {}
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.steps += 1
+        self.seen.append(x)
+        self.last["x"] = x
+        return x * 2
+
+
+@pytest.mark.parametrize("part", [Remembers, Notes])
+def test_what_a_module_keeps_while_it_runs_is_real_after_capture_and_counters_stand_where_they_stood(part):
+    model = Small(part()).train()
+    program = capture(model, images())
+    assert int(model.part.steps) == 0
+    kept = [
+        *model.part.seen,
+        *getattr(model.part, "by_batch", {}).values(),
+        *getattr(model.part, "last", {}).values(),
+        getattr(model.part, "table", None),
+    ]
+    assert all(type(value) is torch.Tensor for value in kept if value is not None)
+    x = images(250)
+    assert torch.equal(program.eval()(x), model.eval()(x))
+
+
+class TakesSizes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.zeros(x.shape) + torch.ones(x.size()) + torch.zeros(x.shape[0], 1, 1, 1)
+
+
+def test_tensors_made_in_the_size_of_others_are_made_in_the_graph():
+    model = Small(TakesSizes()).eval()
+    program = capture(model, images())
+    for x in (images(1), images(5)):
+        assert torch.equal(program(x), model(x))
+
+
+def test_a_shape_changed_in_place_is_not_asked_for_in_its_old_form():
+    class SqueezesInPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.mean((2, 3), keepdim=True)
+            y.squeeze_(3)
+            y.squeeze_(2)
+            if y.ndim != 2:
+                raise ValueError("bad")
+            return x + y[:, :, None, None]
+
+    model = Small(SqueezesInPlace()).eval()
+    program = capture(model, images())
+    assert "part" in targets(program)
+    x = images(2)
+    assert torch.equal(program(x), model(x))
+
+
+class WithoutGradients(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.conv(x)
+
+
+def test_a_module_that_switches_gradients_off_stays_whole_and_does_so_still():
+    model = Small(WithoutGradients()).eval()
+    program = capture(model, images())
+    assert "part" in targets(program)
+    program(images(2)).sum().backward()
+    assert model.part.conv.weight.grad is None
+    assert model.fc.weight.grad is not None
+
+
+def test_a_region_without_gradients_at_the_top_is_said_to_have_them(caplog):
+    class AtTheTop(Small):
+        def forward(self, x: torch.Tensor) -> Any:
+            with torch.no_grad():
+                x = x * 2
+            return super().forward(x)
+
+    capture(AtTheTop().eval(), images())
+    assert "switches gradients off for a part of its forward" in caplog.text

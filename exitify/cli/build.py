@@ -75,7 +75,10 @@ def transform(
     captured = exitify.capture(loaded.module, loaded.example, source=loaded.source, scores=scores)
     placement = None
     if data is None:
-        _refuse_without_data(held_out=held_out, max_drop=max_drop, budget_ms=budget_ms, work=work)
+        _refuse_without_data(
+            held_out=(held_out, None), max_drop=(max_drop, None), budget_ms=(budget_ms, None), work=(work, None), cost=(cost, "time"),
+            engine=(engine, "auto"), threads=(threads, 1),
+        )  # fmt: skip
         program = place(captured, exits=exits, skips=skips, head=head)
         artifact = exitify.export(program, contract=loaded.contract, heads_trained=False)
     else:
@@ -156,9 +159,9 @@ def transform(
     show.python_call(f"exitify.export({placing}, contract=model.contract, heads_trained=False).save({str(output)!r})")
 
 
-def _refuse_without_data(**options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
+def _refuse_without_data(**options: tuple[object, object]) -> None:
+    for name, (value, default) in options.items():
+        if value != default:
             raise ExitifyError(
                 f"--{name.replace('_', '-')} serves the search for exits, which needs labelled pictures", "give --data, or leave it out"
             )

@@ -690,6 +690,9 @@ def test_transform_with_data_searches_exits_and_says_what_each_is_worth(made: Pa
     ("options", "problem"),
     [
         (("--max-drop", "0.01"), "--max-drop serves the search for exits, which needs labelled pictures"),
+        (("--cost", "macs"), "--cost serves the search for exits"),
+        (("--threads", "2"), "--threads serves the search for exits"),
+        (("--exits", "stage2:conv,stage2:linear"), "two heads are asked for after 'stage2_2': conv and linear"),
         (("--held-out", "calibration.npz"), "--held-out serves the search for exits"),
         (("--data", "train.npz", "--exits", "3"), "--data serves the search for exits, and --exits 3 says where they are"),
         (("--data", "train.npz", "--cost", "energy"), "there is no cost 'energy'"),
