@@ -154,6 +154,8 @@ def sensible_places(places: Places) -> tuple[list[Place], dict[str, str]]:
         value, share = place.value, place.share
         if value not in places.program.values:
             verdicts[value] = "its first dimension is not the batch"
+        elif others := [name for name in place.crossing if name not in places.program.values]:
+            verdicts[value] = f"{others[0]} would cross there, and its first dimension is not the batch"
         elif value in within:
             verdicts[value] = f"it lies in what {within[value]} may leave out"
         elif not EARLIEST <= share <= LATEST:

@@ -330,3 +330,27 @@ def test_the_text_of_a_plan_with_exits_chosen():
 def test_a_network_without_multiply_adds_has_no_place_worth_an_exit():
     program = capture(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Tanh()).eval(), torch.randn(1, 4))
     assert verdicts(program, "auto") == {"_0": "outside 5% to 95% of the cost", "_1": "outside 5% to 95% of the cost"}
+
+
+class Pixels(nn.Module):
+    """Two streams side by side, of which one has batch and patches in one dimension, as in TNT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.pixels = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.patches = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.stem(x).flatten(2).transpose(1, 2)
+        pixels = patches.reshape(-1, 8)
+        for pixel, patch in zip(self.pixels, self.patches):
+            pixels = pixels + pixel(pixels)
+            patches = patches + patch(patches + pixels.reshape(x.shape[0], -1, 8))
+        return self.fc((patches + pixels.reshape(x.shape[0], -1, 8)).mean(1))
+
+
+def test_no_exit_stands_where_something_without_the_batch_in_front_would_cross():
+    found = ChooseExits("none").decide(capture(Pixels().eval(), torch.randn(1, 3, 16, 16)))[1]
+    assert any("would cross there, and its first dimension is not the batch" in place.verdict for place in found)
