@@ -282,7 +282,9 @@ def _from_torchvision(name: str, *, has_weights: bool) -> _Found:
             )
         options = {"aux_logits": False, "init_weights": False}
     module = models.get_model(name, weights=None, **options)
-    default = models.get_model_weights(name).DEFAULT
+    trained = models.get_model_weights(name)
+    own_size = getattr(module, "image_size", None)  # a vision transformer's, which other weights of its may not have
+    default = next((weights for weights in trained if weights.transforms().crop_size == [own_size]), trained.DEFAULT)
     steps = default.transforms()
     preprocess = _steps(
         f"torchvision:{name}", tuple(steps.resize_size), (*steps.crop_size, *steps.crop_size)[:2], steps.interpolation.value, steps.mean, steps.std

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -23,6 +24,9 @@ MOST_EXITS = 6
 
 HEAD_SHARE = 0.02
 """A convolutional head may cost this share of the network; where it would cost more, the head is linear."""
+
+WIDE_DETOUR = 0.1
+"""So far, in shares of the cost, a narrow place may be from where an exit is wanted and still be taken before a wide one."""
 
 EARLIEST, LATEST = 0.05, 0.95
 """Exits outside this span of the network's cost are not considered: too early to know, or too late to save."""
@@ -116,10 +120,11 @@ class ChooseExits(Pass):
         overhead = {value: (head_cost(head).macs + boundary_macs(by_value[value].crossing_bytes)) / full for value, head in heads.items()}
         count = self._count(overhead)
         shares = {value: by_value[value].share for value in heads}
-        chosen = _evenly(shares, count)
+        wide = {value for value in heads if len(by_value[value].crossing) > 1}
+        chosen = _evenly(shares, count, wide)
         while self.exits == "auto" and sum(overhead[value] for value in chosen) > OVERHEAD_SHARE:  # heads dearer than the mean
             count -= 1
-            chosen = _evenly(shares, count)
+            chosen = _evenly(shares, count, wide)
         for value in heads:
             verdicts[value] = "exit" if value in chosen else f"not among the {count} spaced evenly" if count else self._why_none(overhead)
         return [(by_value[value], heads[value]) for value in chosen], [considered(place, verdicts[place.value]) for place in looked_at]
@@ -214,12 +219,12 @@ def considered(place: Place, verdict: str) -> Considered:
     return Considered(place.value, place.place, place.share, verdict, len(place.crossing), place.crossing_bytes)
 
 
-def _evenly(shares: dict[str, float], count: int) -> list[str]:
-    """`count` values nearest to evenly spaced shares, no two the same, in the order given."""
+def _evenly(shares: dict[str, float], count: int, wide: Collection[str] = ()) -> list[str]:
+    """`count` values nearest to evenly spaced shares, no two the same, in the order given; wide cuts only where no narrow one is near."""
     chosen: list[str] = []
     for i in range(1, count + 1):
         free = [value for value in shares if value not in chosen]
-        chosen.append(min(free, key=lambda value: abs(shares[value] - i / (count + 1))))
+        chosen.append(min(free, key=lambda value: abs(shares[value] - i / (count + 1)) + (WIDE_DETOUR if value in wide else 0.0)))
     return sorted(chosen, key=list(shares).index)
 
 
