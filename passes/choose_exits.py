@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
 
 from exitify.errors import PlanError
 from exitify.heads import check_kind, head_cost, head_spec
 from exitify.passes.base import Pass
+from exitify.passes.cost import device_of
 from exitify.passes.dataflow import dataflow
 from exitify.passes.exit_places import Place, Places, skippable
 from exitify.passes.own_head import OwnHead, own_head
 from exitify.plan import ExitPoint, HeadSpec, boundary_macs
-from exitify.program import Program
+from exitify.program import Program, in_mode
 
 OVERHEAD_SHARE = 0.12
 """`auto` places as many exits as heads and boundaries together may add to a run that takes none of them, …"""
@@ -205,10 +210,29 @@ class HeadChooser:
                 return larger
         return spec
 
+    @functools.cached_property
+    def _told_by_first_token(self) -> set[str]:
+        """Values whose first token depends on the input: before any attention a class token is the same for all."""
+        found: set[str] = set()
+
+        class Compare(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                if isinstance(result, torch.Tensor) and result.ndim == 3 and len(result) == 2 and not torch.equal(result[0, 0], result[1, 0]):
+                    found.add(n.name)
+                return result
+
+        looks = [self.program.values[name] for name in self.program.plan.inputs]
+        generator = torch.Generator().manual_seed(0)
+        x = [torch.randn(2, *look.shape, generator=generator).to(getattr(torch, look.dtype)).to(device_of(self.program)) for look in looks]
+        with in_mode(self.program, training=False), torch.no_grad():
+            Compare(self.program, graph=self.program.graph).run(*x)
+        return found
+
     def _spec(self, kind: str, value: str) -> HeadSpec:
         shape = self.program.values[value].shape
         layout = self.places.layout_of(value)
-        if len(shape) == 2 and self.own is not None and "first" in self.own.steps:
+        if kind == "own" and len(shape) == 2 and self.own is not None and "first" in self.own.steps and value in self._told_by_first_token:
             layout = "class_token"
         steps, width = (self.own.steps, self.own.width) if kind == "own" and self.own is not None else (None, 0)
         return head_spec(kind, self.program.values[value], value, self.classes, layout=layout, own=steps, own_width=width)

@@ -311,7 +311,7 @@ def test_auto_takes_a_convolutional_head_where_it_costs_little_and_a_linear_one_
     assert kinds == {"conv"}
     assert all(head_cost(point.head).macs <= HEAD_SHARE * full_macs(large) for point in ChooseExits("3")(large).plan.exits)
     assert {point.head.kind for point in ChooseExits("2")(small).plan.exits} == {"linear"}
-    assert ChooseExits("block1")(captured("transformer")).plan.exits[0].head.layout == "class_token"
+    assert ChooseExits("block1")(captured("transformer")).plan.exits[0].head.layout == "tokens"
 
 
 def test_the_head_asked_for_is_the_head_given():
@@ -354,3 +354,10 @@ class Pixels(nn.Module):
 def test_no_exit_stands_where_something_without_the_batch_in_front_would_cross():
     found = ChooseExits("none").decide(capture(Pixels().eval(), torch.randn(1, 3, 16, 16)))[1]
     assert any("would cross there, and its first dimension is not the batch" in place.verdict for place in found)
+
+
+def test_before_any_attention_tokens_are_read_by_their_mean_since_the_class_token_is_the_same_for_all():
+    program = captured("transformer")
+    assert ChooseExits("block1", "linear")(program).plan.exits[0].head.layout == "tokens"
+    layouts = {point.after: point.head.layout for point in ChooseExits("add,block1", "own")(program).plan.exits}
+    assert layouts == {"add": "tokens", "add_2": "class_token"}
