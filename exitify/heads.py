@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -63,8 +63,8 @@ class HeadWithScores(nn.Module):
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-class _MeanOver(nn.Module):
-    """The mean over some dimensions."""
+class _Over(nn.Module):
+    """Something over some dimensions."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -73,8 +73,15 @@ class _MeanOver(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.dims))
 
+
+class _MeanOver(_Over):
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         return value.mean(dim=self.dims)
+
+
+class _MaxOver(_Over):
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.amax(dim=self.dims)
 
 
 class _FirstToken(nn.Module):
@@ -168,20 +175,6 @@ def _step(step: str, layout: str, channels: int) -> nn.Module:
     raise PlanError(f"a head has no step {step!r}", f"there are {', '.join(STEPS)}")
 
 
-class _MaxOver(nn.Module):
-    """The largest over some dimensions."""
-
-    def __init__(self, *dims: int) -> None:
-        super().__init__()
-        self.dims = dims
-
-    def extra_repr(self) -> str:
-        return ", ".join(map(str, self.dims))
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return value.amax(dim=self.dims)
-
-
 def _convolution(channels_in: int, channels_out: int, stride: int = 2) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(channels_out), nn.ReLU()
@@ -244,7 +237,6 @@ def head_spec(
     width = int(asked[3]) if asked[3] else channels if kind == "linear" else 64 if classes <= 100 else 512 if kind == "mlp" else 128
     sides = shape[1:] if layout == "nchw" else shape[:2]
     pool = max(1, round(min(sides) / 8)) if kind in ("conv", "deep") else 1
-    assert layout in get_args(HeadSpec.__annotations__["layout"]) or layout in DIMENSIONS
     return HeadSpec(cast(Any, kind), cast(Any, layout), shape, pool, width, classes)
 
 

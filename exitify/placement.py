@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from exitify.artifact.artifact import Artifact, build_artifact
 from exitify.artifact.manifest import InputContract
-from exitify.calibration.calibrate import Outputs, excess_error, record_outputs, recorded_outputs
+from exitify.calibration.calibrate import Outputs, are_memorised, excess_error, record_outputs, recorded_outputs
 from exitify.calibration.exit_search import Found, Limit, Worth, best_added, lower_bound, of_exits, search, worths
 from exitify.calibration.segment_times import measure_segments, shares_of_time
 from exitify.calibration.temperature import fit_temperature
@@ -361,7 +361,7 @@ def _placed(program: Program, probed: Artifact, points: list[ExitPoint]) -> Prog
 
 
 def _warning(full_accuracy: float, temperature: float) -> str:
-    if full_accuracy > 0.99 and temperature < 1.0:
+    if are_memorised(full_accuracy, temperature):
         return (
             f"The network is right on {full_accuracy:.2%} of the samples that the search judged on and too modest about it (temperature "
             f"{temperature:.2f}): they look memorised, and exits look better on them than they are. Give others with --held-out."

@@ -182,15 +182,11 @@ class HeadChooser:
         self.places = places
         self.program = places.program
         self.classes = self.program.values[self.program.plan.output].shape[-1]
-        self._own: OwnHead | None = None
-        self._has_read_own = False
 
-    @property
+    @functools.cached_property
     def own(self) -> OwnHead | None:
         """The network's own head, None where it is of a kind that cannot stand elsewhere."""
-        if not self._has_read_own:
-            self._own, self._has_read_own = own_head(self.program), True
-        return self._own
+        return own_head(self.program)
 
     def head(self, kind: str, value: str) -> HeadSpec:
         """The head of this kind for a value; `auto` chooses by its share of the network's cost.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import networkx as nx
+import torch
+from torch import fx
 
 from exitify.program import Program, carriers
 
@@ -51,3 +53,19 @@ def cut_values(program: Program) -> list[str]:
         chain.append(name)
         name = immediate[name]
     return chain[::-1]
+
+
+def function_name(node: fx.Node) -> str:
+    """`add` of `operator.add` and `torch.add` and `Tensor.add`, `aten.add.Tensor` of an exported graph's."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    return str(getattr(node.target, "__name__", ""))
+
+
+def bare_name(node: fx.Node) -> str:
+    """The same without namespace and overload: `add` of an exported graph's, too."""
+    return function_name(node).removeprefix("aten.").split(".")[0]

@@ -10,7 +10,7 @@ import networkx as nx
 from torch import nn
 
 from exitify.passes.cost import node_costs
-from exitify.passes.dataflow import cut_values, dataflow, strictly_between
+from exitify.passes.dataflow import bare_name, cut_values, dataflow, strictly_between
 from exitify.plan import Cost
 from exitify.program import Program
 
@@ -118,9 +118,7 @@ class Places:
 
     def _adds(self, value: str) -> bool:
         """Whether a value is a sum of two."""
-        node = self.nodes[value]
-        name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
-        return node.op in ("call_method", "call_function") and name.split(".")[0] in ("add", "add_", "iadd", "add__")
+        return bare_name(self.nodes[value]) in ("add", "add_", "iadd")
 
     def _ends_between(self, names: Sequence[str]) -> list[str]:
         """The last values of modules in a stretch that use nearly all that is computed up to them."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
+from exitify.passes.dataflow import bare_name
 from exitify.program import Program
 
 SHAPING = {"flatten", "reshape", "view", "squeeze", "contiguous", "permute", "clone"}
@@ -47,9 +47,9 @@ def own_head(program: Program) -> OwnHead | None:
     """
     nodes = {node.name: node for node in program.graph.nodes}
     node: fx.Node | None = _skip_shaping(program, nodes[program.plan.output])
-    if node is None or not _is_linear(program, node):
+    classifier = _classifier(program, node) if node is not None else None
+    if node is None or classifier is None:
         return None
-    width = _features_read(program, node)
     steps: list[str] = []
     node = _source(program, node)
     while node is not None and node.name in program.values:
@@ -74,7 +74,7 @@ def own_head(program: Program) -> OwnHead | None:
         before = before[1:]
     kept = (*before, *found[pool or 0 :])
     has_hidden = any(step.startswith("linear:") for step in kept)
-    return OwnHead(node.name, tuple(kept), width if has_hidden else 0)
+    return OwnHead(node.name, tuple(kept), classifier.in_features if has_hidden else 0)
 
 
 def _source(program: Program, node: fx.Node) -> fx.Node | None:
@@ -97,13 +97,13 @@ def _only_shapes(program: Program, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = program.get_submodule(str(node.target))
         return isinstance(module, (nn.Flatten, nn.Identity)) or type(module).__name__ == "Permute"
-    return _name(node) in SHAPING
+    return bare_name(node) in SHAPING
 
 
 def _step_of(program: Program, node: fx.Node) -> str | None:
     if node.op == "call_module":
         return _module_step(program, node, program.get_submodule(str(node.target)))
-    name, read = _name(node), node.args[0] if node.args else None
+    name, read = bare_name(node), node.args[0] if node.args else None
     if not isinstance(read, fx.Node) or read.name not in program.values:
         return None
     before, after = program.values[read.name].shape, program.values[node.name].shape
@@ -164,21 +164,6 @@ def _belongs_to_convolution(program: Program, node: fx.Node) -> bool:
     return source.op == "call_module" and isinstance(program.get_submodule(str(source.target)), nn.modules.conv._ConvNd)
 
 
-def _is_linear(program: Program, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    module = program.get_submodule(str(node.target))
-    return isinstance(module, nn.Linear)
-
-
-def _features_read(program: Program, node: fx.Node) -> int:
-    module = program.get_submodule(str(node.target))
-    assert isinstance(module, nn.Linear)
-    return module.in_features
-
-
-def _name(node: fx.Node) -> str:
-    """`mean` of `torch.mean` and `Tensor.mean`, and of `aten.mean.dim`."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target).removeprefix("aten.").split(".")[0]
-    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+def _classifier(program: Program, node: fx.Node) -> nn.Linear | None:
+    module = program.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, nn.Linear) else None

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import fx, nn
 
-from exitify.passes.dataflow import ancestry, cut_values, dataflow
+from exitify.passes.dataflow import ancestry, bare_name, cut_values, dataflow, function_name
 from exitify.plan import SkipPath
 from exitify.program import Program
 
@@ -128,7 +127,7 @@ class _Chain:
         """The two tensors that the value at this place is the sum of, if it is one."""
         node = self.nodes[self.values[at]]
         tensors = [arg.name for arg in node.args if isinstance(arg, fx.Node) and arg.name in self.flow]
-        if _function_name(node) not in ADDITIONS or len(tensors) != 2 or not self.look_alike(*tensors):
+        if function_name(node) not in ADDITIONS or len(tensors) != 2 or not self.look_alike(*tensors):
             return None
         return tensors[0], tensors[1]
 
@@ -171,7 +170,7 @@ class _Chain:
     def kind(self, name: str) -> str:
         """A module's class, or a function's name."""
         node = self.nodes[name]
-        return type(self.program.get_submodule(str(node.target))).__name__ if node.op == "call_module" else _function_name(node)
+        return type(self.program.get_submodule(str(node.target))).__name__ if node.op == "call_module" else function_name(node)
 
 
 def _runs(chain: _Chain) -> list[list[_Addition]]:
@@ -309,7 +308,7 @@ def is_norm(program: Program, node: fx.Node) -> bool:
     """Whether this node is a norm: a module, or a function that reads its scale from the network."""
     if node.op == "call_module":
         return isinstance(program.get_submodule(str(node.target)), NORM_MODULES)
-    name = _function_name(node).removeprefix("aten.").split(".")[0]
+    name = bare_name(node)
     return node.op == "call_function" and name in NORM_FUNCTIONS
 
 
@@ -317,15 +316,4 @@ def drops_path(program: Program, node: fx.Node) -> bool:
     """Whether this node drops residual branches at random while the network is trained."""
     if node.op == "call_module":
         return type(program.get_submodule(str(node.target))).__name__ in DROP_PATHS
-    return node.op == "call_function" and _function_name(node) in DROP_PATHS
-
-
-def _function_name(node: fx.Node) -> str:
-    """`add` of `operator.add` and `torch.add` and `Tensor.add`, `aten.add.Tensor` of an exported graph's."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    return str(getattr(node.target, "__name__", ""))
+    return node.op == "call_function" and function_name(node) in DROP_PATHS

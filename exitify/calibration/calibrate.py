@@ -326,10 +326,15 @@ def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *,
     return Settings(chosen, temperatures, promise)
 
 
+def are_memorised(full_accuracy: float, final_temperature: float) -> bool:
+    """Whether a network is so right on samples, and too modest about it, as on those that it was trained on."""
+    return full_accuracy > 0.99 and final_temperature < 1.0
+
+
 def looks_memorised(settings: Settings) -> str:
     """A warning when the samples look like ones that the network was trained on, else an empty text."""
     promise = settings.promise
-    if promise.full_accuracy > 0.99 and settings.temperatures[-1] < 1.0:
+    if are_memorised(promise.full_accuracy, settings.temperatures[-1]):
         return (
             f"The network is right on {promise.full_accuracy:.2%} of these samples and too modest about it "
             f"(temperature {settings.temperatures[-1]:.2f}): they look memorised. Calibrate on samples that it was not trained on."

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, optimise, price_path
+from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, optimise, price_path, prices
 from exitify.errors import CalibrationError
 
 EXACT_EXITS = 3
@@ -28,8 +28,7 @@ EXACT_LEVELS = 100
 WIDTH, OPTIONS = 48, 6
 """How many partial choices the beam keeps, and how many thresholds of the next exit each is continued with, beside none."""
 
-PRICES = np.geomspace(3000.0, 0.3, 60)
-"""Of an error, in units of the whole network's cost; for `lower_bound`."""
+PRICES = prices()
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def lower_bound(recorded: Recorded, limit: Limit) -> float:
     """
     cost = recorded.reach_cost.copy()
     cost[:-1] += recorded.try_cost
-    bounds = [0.0]
+    bounds = [0.0] if limit.loss is not None else []  # a loss may be below that of the whole network
     for price in PRICES * recorded.reach_cost[-1]:
         if limit.loss is not None:
             relaxed = (cost[:, None] + price * recorded.loss).min(axis=0)
@@ -116,7 +115,7 @@ def lower_bound(recorded: Recorded, limit: Limit) -> float:
         else:
             relaxed = (recorded.loss + cost[:, None] / price).min(axis=0)
             bounds.append(float(np.average(relaxed, weights=recorded.weight)) - (limit.cost or 0.0) / price)
-    return max(bounds) if limit.loss is not None else max(bounds[1:])
+    return max(bounds)
 
 
 def _edge(held: list[bool], limit: Limit) -> int:
@@ -194,7 +193,7 @@ def _last_level(recorded: Recorded, limit: Limit, earlier: NDArray[np.float64]) 
 def _promising(recorded: Recorded, limit: Limit, most: int) -> list[NDArray[np.float64]]:
     """Choices from coordinate search at all prices, and from beams at those prices around which the limit is met."""
     scale = float(recorded.reach_cost[-1])
-    path = [_at_most(recorded, price * scale, thresholds, most) for price, thresholds in zip(PRICES, price_path(recorded, len(PRICES)))]
+    path = [_at_most(recorded, price * scale, thresholds, most) for price, thresholds in zip(PRICES, price_path(recorded))]
     held = [limit.holds(*judge(recorded, thresholds)) for thresholds in path]
     edge = _edge(held, limit)
     found = list(path)

@@ -109,6 +109,11 @@ def _best_threshold(confidence: NDArray[np.float64], gain: NDArray[np.float64], 
     return float(middle if middle > ranked[best + 1] else ranked[best])  # between neighbouring floats there is no middle
 
 
+def prices(steps: int = 60) -> NDArray[np.float64]:
+    """What an error may be worth, in units of the full network's cost, from high to low."""
+    return np.geomspace(3000.0, 0.3, steps)
+
+
 def price_path(recorded: Recorded, steps: int = 60) -> Iterator[NDArray[np.float64]]:
     """Yield thresholds from the safest (errors priced highest) to the cheapest, each started from the one before.
 
@@ -117,7 +122,7 @@ def price_path(recorded: Recorded, steps: int = 60) -> Iterator[NDArray[np.float
     """
     scale = float(recorded.reach_cost[-1])
     thresholds = np.full(len(recorded.confidence), NEVER)
-    for price in np.geomspace(3000.0, 0.3, steps):
+    for price in prices(steps):
         thresholds = optimise(recorded, price * scale, thresholds)
         yield thresholds
 
