@@ -563,7 +563,8 @@ def test_control_flow_on_shapes_is_resolved_and_the_batch_stays_free():
     assert targets(program).count("mixes.0") == 1
     assert {"mixes.1", "mixes.2", "mixes.3", "fc"} <= set(targets(program))
     for batch in (1, 2, 3, 7):
-        assert torch.equal(program(images(batch)), model(images(batch))) or torch.equal(program(x := images(batch)), model(x))
+        x = images(batch)
+        assert torch.equal(program(x), model(x))
 
 
 class AsksForTheBatch(nn.Module):
@@ -672,10 +673,10 @@ def test_several_inputs_some_by_name_and_a_dict_of_outputs():
         assert torch.equal(outputs.final, expected["logits"])
         assert torch.equal(outputs.output["features"][1], expected["features"][1])
         assert outputs["exit1"].shape == (batch, CLASSES)
-    assert [segment.inputs for segment in program.plan.segments if segment.kind == "trunk"] == [
-        ("x", "numbers"),
-        ("mask", "conv2d_1"),
-    ] or program.plan.segments
+    first, last = (segment.inputs for segment in program.plan.segments if segment.kind == "trunk")
+    assert first == ("x", "numbers")
+    assert "mask" in last
+    assert not {"x", "numbers"} & set(last)
 
 
 def test_several_inputs_in_order_leave_out_what_the_example_leaves_out():
@@ -692,8 +693,8 @@ class TwoAnswers:
     fine: torch.Tensor
 
 
-@pytest.mark.parametrize(("scores", "column"), [("fine", 1), ("coarse", 0)])
-def test_which_output_holds_the_class_scores_can_be_said(scores, column):
+@pytest.mark.parametrize("scores", ["fine", "coarse"])
+def test_which_output_holds_the_class_scores_can_be_said(scores):
     class Both(Small):
         def forward(self, x: torch.Tensor) -> Any:
             y = super().forward(x)
@@ -708,7 +709,6 @@ def test_which_output_holds_the_class_scores_can_be_said(scores, column):
     assert isinstance(program(x), TwoAnswers)
     with pytest.raises(ModelError, match=r"returns nothing called 'other'\n  hint: it returns coarse, fine"):
         capture(model, images(), scores="other")
-    assert column in (0, 1)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
