@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from exitify.version import __version__
 
 if TYPE_CHECKING:
+    from exitify import losses as losses
     from exitify.adapt.session import LearningSession as LearningSession
     from exitify.adapt.state import State as State
     from exitify.artifact.artifact import Artifact as Artifact
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from exitify.runtime.session import Answer as Answer
     from exitify.runtime.session import Session as Session
     from exitify.tracing import capture as capture
+    from exitify.train.end_to_end import train_network as train_network
     from exitify.train.heads import train_heads as train_heads
+    from exitify.train.jei_dnn import JeiDnn as JeiDnn
     from exitify.train.norms import reestimate_norms as reestimate_norms
     from exitify.train.skip_distillation import SkipAwareDistillation as SkipAwareDistillation
 
@@ -41,6 +44,7 @@ _HOME = {
     "ExitOutputs": "exitify.program",
     "ExitifyError": "exitify.errors",
     "InputContract": "exitify.artifact.manifest",
+    "JeiDnn": "exitify.train.jei_dnn",
     "LearningSession": "exitify.adapt.session",
     "Plan": "exitify.plan",
     "Program": "exitify.program",
@@ -58,13 +62,16 @@ _HOME = {
     "place_by_data": "exitify.placement",
     "reestimate_norms": "exitify.train.norms",
     "train_heads": "exitify.train.heads",
+    "train_network": "exitify.train.end_to_end",
     "transform": "exitify.pipeline",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = [*sorted(_HOME), "__version__", "losses"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return importlib.import_module("exitify.losses")
     if name not in _HOME:
         raise AttributeError(f"module 'exitify' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

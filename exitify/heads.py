@@ -22,35 +22,82 @@ _KIND = re.compile(r"(linear|conv|deep|mlp|own)|(conv|deep|mlp)([1-9]\d{0,3})")
 class ExitHead(nn.Module):
     """A classifier on a value inside the network.
 
-    `pool` has no weights, so a training run records its output once. `body` makes the features `z`, `(N, width)`.
-    `classifier` is one linear layer: its gradient has a closed form, which is what lets a device update it.
+    `pool` has no weights, so a training run records its output once. `body` makes features of it, and `path`, where the head
+    reads an earlier exit's logits too, joins these to them (`Path`). `classifier` is one linear layer on the result `z`,
+    `(N, spec.features)`: its gradient has a closed form, which is what lets a device update it.
     """
 
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__()
         self.pool, self.body = _parts(spec)
-        self.classifier = nn.Linear(spec.width, spec.classes)
+        self.path = Path(spec)
+        self.classifier = nn.Linear(spec.features, spec.classes)
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """Logits `(N, classes)` of a value `(N, *spec.shape)`."""
+    def forward(self, value: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `(N, classes)` of a value `(N, *spec.shape)` and, where the head has a path, of the earlier exit's `(N, classes)`."""
         if torch.is_grad_enabled() and not isinstance(self.pool, _MeanOver):
             value = value.clone()  # the backward pass reads it, and the network may have overwritten it in place by then
-        logits: torch.Tensor = self.classifier(self.body(self.pool(value)))
+        return self.after_pool(self.pool(value), previous)
+
+    def after_pool(self, pooled: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `(N, classes)` of the pool's output."""
+        logits: torch.Tensor = self.path.added(self.classifier(self.path.joined(self.body(pooled), previous)), previous)
         return logits
+
+
+class Path(nn.Module):
+    """How a head uses an earlier exit's logits.
+
+    `identity` is the knowledge path of inline subnetwork collaboration (Li et al. 2019, section 3.3), whose gradients are
+    discarded; `learned` is what its public code does, where they are not. `layer_norm` is the cascade of Zero Time Waste
+    (Wojcik et al. 2021). `boosted` lets a head learn what the earlier ones leave (Yu et al. 2023); `ensemble`, with its factor
+    and the classifier's bias, is a weighted geometric mean of all probabilities so far, which a softmax of the sum is.
+    """
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.kind = spec.path
+        if spec.path == "learned":
+            self.inside = nn.Sequential(nn.Linear(spec.classes, spec.width), nn.BatchNorm1d(spec.width), nn.ReLU())
+        if spec.path == "layer_norm":
+            self.inside = nn.Sequential(nn.LayerNorm(spec.classes))
+        if spec.path == "ensemble":
+            self.factor = nn.Parameter(torch.ones(()))
+
+    def joined(self, features: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        """What the classifier reads."""
+        if self.kind not in ("identity", "learned", "layer_norm"):
+            return features
+        assert previous is not None
+        if self.kind != "learned":
+            previous = previous.detach()
+        return torch.cat((features, previous if self.kind == "identity" else self.inside(previous)), dim=1)
+
+    def added(self, logits: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        """What the head says."""
+        if self.kind not in ("boosted", "ensemble"):
+            return logits
+        assert previous is not None
+        return logits + (previous.detach() if self.kind == "boosted" else self.factor * previous.detach())
+
+    def extra_repr(self) -> str:
+        return self.kind
 
 
 class HeadWithScores(nn.Module):
     """A head as the device runs it: logits, features, and the scores that policies read."""
 
+    temperature: torch.Tensor
+
     def __init__(self, head: ExitHead) -> None:
         super().__init__()
-        self.pool, self.body, self.classifier = head.pool, head.body, head.classifier
+        self.pool, self.body, self.path, self.classifier = head.pool, head.body, head.path, head.classifier
         self.register_buffer("temperature", torch.ones(()))
 
-    def forward(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits `(N, classes)`, z `(N, width)`, scores `(N, 4)` as `exitify.plan.SCORES` names them."""
-        z = self.body(self.pool(value))
-        logits = self.classifier(z)
+    def forward(self, value: torch.Tensor, previous: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits `(N, classes)`, z `(N, features)`, scores `(N, 4)` as `exitify.plan.SCORES` names them."""
+        z = self.path.joined(self.body(self.pool(value)), previous)
+        logits = self.path.added(self.classifier(z), previous)
         log_p = functional.log_softmax(logits / self.temperature, dim=1)
         p = log_p.exp()
         log_q = functional.log_softmax(log_p + log_p, dim=1)  # p² / Σp²
@@ -261,8 +308,8 @@ def head_cost(spec: HeadSpec) -> Cost:
     """What a head costs, measured on one built from its spec without weights."""
     with torch.device("meta"):
         head = ExitHead(spec).eval()
-        value = torch.zeros(1, *spec.shape)
+        value, previous = torch.zeros(1, *spec.shape), torch.zeros(1, spec.classes)
     with FlopCounterMode(display=False) as counter:
-        head(value)
+        head(value, previous)
     parameters = sum(parameter.numel() for parameter in head.parameters())
-    return Cost(counter.get_total_flops() // 2, parameters, 4 * (spec.width + spec.classes))
+    return Cost(counter.get_total_flops() // 2, parameters, 4 * (spec.features + spec.classes))

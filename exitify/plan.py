@@ -33,6 +33,9 @@ _STEP = re.compile(
 MOST_STEPS, MOST_HIDDEN = 16, 2**26
 """A head has no more steps, and no more weights in hidden layers."""
 
+PATHS = ("identity", "learned", "layer_norm", "boosted", "ensemble")
+"""How a head may use an earlier exit's logits (see `HeadSpec.path`)."""
+
 BOUNDARY_MACS = 2_000_000
 """What an exit costs beside its head's multiply-adds, as multiply-adds: 40 µs at 50 GMAC/s, one x86 core.
 
@@ -98,8 +101,12 @@ class HeadSpec:
         answers) or `vector` (N, C).
     shape: The value's shape without the batch.
     pool: Side of the pooling window that comes first, 1 for none; it has no weights.
-    width: Channels inside, and features that the classifier reads; for `linear` those of the value.
+    width: Channels inside, and features that the classifier reads of the value; for `linear` those of the value.
     steps: For `own`: what comes before the classifier, as `exitify.heads.STEPS` names it (`mean`, `layer_norm:1e-06`).
+    path: How it uses an earlier exit's logits l, empty where it does not. Its classifier reads them beside its features: as
+        they are (`identity`), as `relu(norm(linear(l)))` of its width (`learned`), or as `layer_norm(l)`. Or they are added to
+        what it says: as they are (`boosted`), or times a factor that is trained (`ensemble`, a geometric mean of probabilities).
+        Losses reach earlier heads through `learned` alone.
     """
 
     kind: Literal["linear", "conv", "deep", "mlp", "own"]
@@ -109,6 +116,12 @@ class HeadSpec:
     width: int
     classes: int
     steps: tuple[str, ...] = ()
+    path: Literal["", "identity", "learned", "layer_norm", "boosted", "ensemble"] = ""
+
+    @property
+    def features(self) -> int:
+        """How many numbers its classifier reads, those of an earlier exit counted."""
+        return self.width + {"identity": self.classes, "layer_norm": self.classes, "learned": self.width}.get(self.path, 0)
 
     @property
     def text(self) -> str:
@@ -123,7 +136,8 @@ class HeadSpec:
     def __str__(self) -> str:
         pool = f" pool {self.pool}" if self.pool > 1 else ""
         steps = f" {', '.join(self.steps)}" if self.steps else ""
-        return f"{self.kind}{pool}{steps} {'x'.join(map(str, self.shape))} -> {self.width} -> {self.classes}"
+        path = f" with {self.path}" if self.path else ""
+        return f"{self.kind}{pool}{steps} {'x'.join(map(str, self.shape))} -> {self.width}{path} -> {self.classes}"
 
 
 def steps_problem(head: HeadSpec) -> str:
@@ -160,6 +174,8 @@ class ExitPoint:
     name: `exit1` for instance; its weights stand under `exit_heads.<name>`.
     after: The value that its head reads.
     place: The module that computes this value, as the user knows it (`layer2.3`).
+    previous: The earlier exit whose logits its head reads too, as `head.path` says; empty for none. That exit's head then
+        runs before this one's, taken or not.
 
     Whether it is taken, and when, a profile says; an exit no profile enables is not run at all.
     """
@@ -168,6 +184,12 @@ class ExitPoint:
     after: str
     place: str
     head: HeadSpec
+    previous: str = ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values that its head reads."""
+        return (self.after, f"{self.previous}.logits") if self.previous else (self.after,)
 
     @property
     def logits(self) -> str:
@@ -176,7 +198,7 @@ class ExitPoint:
 
     @property
     def features(self) -> str:
-        """Name of the head's second output, what its classifier reads, `(N, width)`."""
+        """Name of the head's second output, what its classifier reads, `(N, head.features)`."""
         return f"{self.name}.z"
 
     @property
@@ -186,7 +208,7 @@ class ExitPoint:
 
     @property
     def weight(self) -> str:
-        """Name of the classifier's weight, `(classes, width)`, an input of the head's segment."""
+        """Name of the classifier's weight, `(classes, head.features)`, an input of the head's segment."""
         return f"exit_heads.{self.name}.classifier.weight"
 
     @property
@@ -478,7 +500,13 @@ class Plan:
         sizes = (*point.head.shape, point.head.pool, point.head.width, point.head.classes)
         if read is None or read.shape != point.head.shape or len(point.head.shape) != dimensions or min(sizes) < 1:
             raise PlanError(f"the head of exit {point.name!r} does not fit the value {point.after!r} that it reads")
-        shapes = {point.logits: (point.head.classes,), point.features: (point.head.width,), point.scores: (len(SCORES),)}
+        if (point.head.path not in ("", *PATHS)) or bool(point.previous) != bool(point.head.path):
+            raise PlanError(f"the head of exit {point.name!r} reads {point.previous or 'no exit'!r} by the path {point.head.path or 'none'!r}")
+        if point.previous:
+            before = [other for other in self.exits[: self.exits.index(point)] if other.name == point.previous]
+            if not before or before[0].head.classes != point.head.classes:
+                raise PlanError(f"the head of exit {point.name!r} reads {point.previous!r}, which is no earlier exit of as many classes")
+        shapes = {point.logits: (point.head.classes,), point.features: (point.head.features,), point.scores: (len(SCORES),)}
         for value, shape in shapes.items():
             if value not in known or self.values[value].shape != shape:
                 raise PlanError(f"no segment computes {value!r} with shape {shape}, as exit {point.name!r} needs")
@@ -490,7 +518,8 @@ class Plan:
         reach = self.macs_at([point.name for point in self.exits]) if self.segments else {}
         for point in self.exits:
             share = f" at {reach[point.name] / full:.3f}" if reach else ""
-            lines.append(f"  exit {point.name} after {point.after} ({point.place}){share}: {point.head}")
+            reads = f", reads {point.previous}" if point.previous else ""
+            lines.append(f"  exit {point.name} after {point.after} ({point.place}){share}: {point.head}{reads}")
         for path in self.skips:
             switched = f", {len(path.norms)} norms switch" if path.norms else ""
             lines.append(f"  skip {path.name} {path.stage}: {', '.join(path.blocks)} | {path.before} for {path.after}{switched}")

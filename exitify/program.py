@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from exitify.errors import ModelError, PlanError
+from exitify.gradient_equilibrium import Equilibrium, equilibrate
 from exitify.plan import FINAL, Mask, Plan, Value
 
 HEADS = "exit_heads"
@@ -60,9 +61,11 @@ class Program(nn.Module):
         places: The module in which each node is computed, by node name, as the user knows it.
         recipe: The passes applied so far, each as the text that makes it again.
         source: The model as the user named it, empty when it came as an object.
+        equilibrium: Which gradients are scaled while training, see `exitify.passes.equilibrate_gradients`; empty for none.
     """
 
-    _OWN = ("graph", "plan", "values", "places", "recipe", "source")
+    _OWN = ("graph", "plan", "values", "places", "recipe", "source", "equilibrium")
+    equilibrium: Equilibrium = ""  # of a Program pickled before there was such a thing, too
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class Program(nn.Module):
         places: Mapping[str, str],
         recipe: tuple[str, ...] = (),
         source: str = "",
+        equilibrium: Equilibrium = "",
     ) -> None:
         super().__init__()
         for name in (*members._modules, *members._parameters, *members._buffers):
@@ -84,8 +88,8 @@ class Program(nn.Module):
         self._buffers.update(members._buffers)
         self._non_persistent_buffers_set |= members._non_persistent_buffers_set
         self.graph, self.plan, self.values, self.places = graph, plan, dict(values), dict(places)
-        self.recipe, self.source = recipe, source
-        self._functions: dict[tuple[bool, Mask], Callable[..., Any]] = {}
+        self.recipe, self.source, self.equilibrium = recipe, source, equilibrium
+        self._functions: dict[tuple[bool, Mask, Equilibrium], Callable[..., Any]] = {}
         self._frozen: set[str] = set()
         self.training = members.training
 
@@ -94,7 +98,7 @@ class Program(nn.Module):
 
         Args:
             members: Child modules to add.
-            **changes: `graph`, `plan`, `values`, `places`, `recipe` or `source`.
+            **changes: `graph`, `plan`, `values`, `places`, `recipe`, `source` or `equilibrium`.
         """
         shell = nn.Module()
         shell._modules.update({**self._modules, **(members or {})})
@@ -120,10 +124,14 @@ class Program(nn.Module):
         """
         wants_all = self.training if all_exits is None else all_exits
         mask = self.plan.mask(skip)
-        if (wants_all, mask) not in self._functions:
+        equilibrium: Equilibrium = self.equilibrium if wants_all and self.training else ""
+        key = (wants_all, mask, equilibrium)
+        if key not in self._functions:
             graph = self.masked_graph(mask)
-            self._functions[wants_all, mask] = compile_graph(self._with_exits(graph) if wants_all else self._without_exits(graph))
-        result = self._functions[wants_all, mask](self, *inputs, **named)
+            if equilibrium:
+                self._equilibrate(graph, equilibrium)
+            self._functions[key] = compile_graph(self._with_exits(graph) if wants_all else self._without_exits(graph))
+        result = self._functions[key](self, *inputs, **named)
         if not wants_all:
             return result
         names = self.plan.exit_names
@@ -173,6 +181,11 @@ class Program(nn.Module):
                 if node.op not in ("placeholder", "output") and not node.users and not str(node.target).startswith(f"{HEADS}."):
                     graph.erase_node(node)
         return graph
+
+    def _equilibrate(self, graph: fx.Graph, equilibrium: Equilibrium) -> None:
+        nodes = {node.name: node for node in graph.nodes}
+        heads = [nodes[self.head_node(point.name).name] for point in self.plan.exits]
+        equilibrate(graph, heads, nodes[self.plan.output], set(carriers(graph, *self.plan.inputs)), equilibrium)
 
     def _with_exits(self, graph: fx.Graph) -> fx.Graph:
         nodes = {node.name: node for node in graph.nodes}

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 PASSES = {
     "choose-skips": "exitify.passes.choose_skips:ChooseSkips",
     "choose-exits": "exitify.passes.choose_exits:ChooseExits",
+    "cascade-exits": "exitify.passes.cascade_exits:CascadeExits",
     "attach-heads": "exitify.passes.attach_heads:AttachHeads",
     "switch-norms": "exitify.passes.switch_norms:SwitchNorms",
     "cut-segments": "exitify.passes.cut_segments:CutSegments",
+    "equilibrate-gradients": "exitify.passes.equilibrate_gradients:EquilibrateGradients",
 }
 
 

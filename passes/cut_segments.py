@@ -51,7 +51,7 @@ class CutSegments(Pass):
         crossing = {value for segment in segments for value in (*segment.inputs, *segment.outputs)} | {*program.plan.inputs, program.plan.output}
         values = {name: value for name, value in program.values.items() if name in crossing}
         for point in program.plan.exits:
-            shapes = {point.logits: (point.head.classes,), point.features: (point.head.width,), point.scores: (len(SCORES),)}
+            shapes = {point.logits: (point.head.classes,), point.features: (point.head.features,), point.scores: (len(SCORES),)}
             values.update({name: Value(shape, "float32") for name, shape in shapes.items()})
         return program.replace(plan=replace(program.plan, segments=tuple(segments), values=values))
 
@@ -121,4 +121,4 @@ def _segment(program: Program, piece: _Piece, readers: dict[str, set[str]], cost
 def _head(plan: Plan, exit_name: str, node: str) -> Segment:
     point = plan.exit(exit_name)
     outputs, parameters = (point.logits, point.features, point.scores), (point.weight, point.bias, point.temperature)
-    return Segment(f"head_{exit_name}", "head", (node,), (point.after,), outputs, parameters, head_cost(point.head))
+    return Segment(f"head_{exit_name}", "head", (node,), point.inputs, outputs, parameters, head_cost(point.head))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import shutil
 import subprocess
@@ -64,7 +65,10 @@ def test_every_public_name_resolves_and_is_what_its_module_calls_so() -> None:
     assert len(set(exitify.__all__)) == len(exitify.__all__)
     for name in exitify.__all__:
         value = getattr(exitify, name)
-        if name != "__version__":
+        if inspect.ismodule(value):
+            assert value.__name__ == f"exitify.{name}"
+            assert value.__doc__
+        elif name != "__version__":
             assert value.__name__ == name
             assert value.__doc__
             assert value.__module__.startswith("exitify.")

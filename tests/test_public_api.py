@@ -39,16 +39,18 @@ def unquoted(annotation: object) -> object:
 
 def described() -> str:
     """Each public name with its signature; classes with their public fields, properties and methods."""
-    lines = []
-    for name in sorted(exitify.__all__):
-        value = getattr(exitify, name)
-        if isinstance(value, str):
-            lines.append(f"{name}: str")
-        elif not inspect.isclass(value):
-            lines.append(f"{name}{signature(value)}")
-        else:
-            lines += [f"class {name}{signature(value, returns=False)}", *members(value)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(line for name in sorted(exitify.__all__) for line in lines_of(name, getattr(exitify, name))) + "\n"
+
+
+def lines_of(name: str, value: object) -> list[str]:
+    """A name's lines; a module's are those of its own public names."""
+    if isinstance(value, str):
+        return [f"{name}: str"]
+    if inspect.ismodule(value):
+        return [line for own in sorted(value.__all__) for line in lines_of(f"{name}.{own}", getattr(value, own))]
+    if inspect.isclass(value):
+        return [f"class {name}{signature(value, returns=False)}", *members(value)]
+    return [f"{name}{signature(value)}"]
 
 
 def members(kind: type) -> list[str]:

@@ -18,7 +18,7 @@ class Audits:
 
     def __init__(self, plan: Plan, rows: int) -> None:
         self._names = [point.name for point in plan.exits]
-        self._features = {point.name: np.zeros((rows, point.head.width), np.float16) for point in plan.exits}
+        self._features = {point.name: np.zeros((rows, point.head.features), np.float16) for point in plan.exits}
         self._logits = np.zeros((rows, plan.classes), np.float32)
         self.made = 0
 

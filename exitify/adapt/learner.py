@@ -39,6 +39,8 @@ OF_EVERY_ANSWER = 0.01
 DRIFT_EVERY = 64
 """Steps of a head between two looks at how far it has moved."""
 AUDIT_CONFIDENCE = 0.95
+LEARNT_BY = ("top1", "margin")
+"""Policies under which a device learns: scores that end at 1, each exit's for itself. What is moved towards 1 is stricter."""
 STRICTER = 0.5
 """What a threshold keeps of its distance to 1 when a promise is broken."""
 FEWEST_TRIED = 200
@@ -128,10 +130,21 @@ class Learner:
         """
         if profile == NO_PROFILE or not artifact.plan.exits:
             raise StateError("nothing can be learnt without exits and a profile", "`exitify calibrate` makes one")
+        tied = [point.name for point in artifact.plan.exits if point.previous]
+        if tied:
+            raise StateError(
+                f"the heads of {', '.join(tied)} read what earlier exits say: to change one changes the others", "transform with `--cascade none`"
+            )
         self.factory, self.how = Factory.of(artifact, profile, times), how or Learning()
         if "1" in self.factory.profile.skip:
             raise StateError(
                 f"the profile {profile!r} leaves blocks out, and what it promises cannot be seen then", "learn with a profile that does not"
+            )
+        policy = artifact.profile(profile).policy
+        if policy not in LEARNT_BY:
+            raise StateError(
+                f"the profile {profile!r} decides by {policy}, and a device learns under {', '.join(LEARNT_BY)}",
+                "calibrate one: exitify calibrate --profile",
             )
         self.guards: Guards | None = self.how.guards
         self.first = self.factory.ruling

@@ -88,13 +88,21 @@ class LearningSession(Session):
             session.restore(state)
         return session
 
-    def run(self, x: Array, skip: str | Sequence[bool] | None = None) -> Answer:
+    def run(
+        self,
+        x: Array,
+        skip: str | Sequence[bool] | None = None,
+        *,
+        exit: str | None = None,  # noqa: A002
+        deadline_ms: float | None = None,
+    ) -> Answer:
         """Answer for one sample, and learn from it.
 
-        Args, Raises: as for `Session.run`. With a mask, or under another profile than the first one, nothing is learnt.
+        Args, Raises: as for `Session.run`. With a mask, one exit, a deadline, or under another profile than the first one, nothing is
+            learnt.
         """
-        if skip is not None or self.profile_name != self._judge:
-            return super().run(x, skip)
+        if skip is not None or exit is not None or deadline_ms is not None or self.profile_name != self._judge:
+            return super().run(x, skip, exit=exit, deadline_ms=deadline_ms)
         with self._learning:
             audited = self.learner.wants_audit()
         trace = self.trace(x, to_end=audited)

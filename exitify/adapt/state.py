@@ -30,7 +30,7 @@ from exitify.records import dumps, from_json, loads
 
 Array = NDArray[Any]
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 4
 """Snapshots that are kept; of more the oldest go."""
 EVENTS = 1000

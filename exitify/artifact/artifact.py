@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import mmap
 import os
 import re
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
-from exitify.artifact.manifest import FORMAT, MARK, Compiled, FileEntry, Manifest, MaskTable, Profile, SegmentTimes, target_name
+from exitify.artifact.manifest import FORMAT, MARK, Compiled, ExitSetting, FileEntry, Manifest, MaskTable, Policy, Profile, SegmentTimes, target_name
 from exitify.artifact.memory import MEMORY_FILE, Memory, read_memory, write_memory
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, identity, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
@@ -34,7 +35,7 @@ from exitify.errors import (
     UnknownProfile,
 )
 from exitify.files import written_whole
-from exitify.plan import Plan, Value
+from exitify.plan import SCORES, Plan, Value
 from exitify.records import dumps, from_json, loads
 
 MANIFEST = "manifest.json"
@@ -49,6 +50,7 @@ LONGEST_MS = 3_600_000.0
 """An hour: no segment takes longer, and sums of such times stay finite."""
 
 _AGAIN = "get the artifact again"
+_CALIBRATE_AGAIN = "calibrate again: `exitify calibrate`"
 NO_PROFILE = "none"
 """What asks for the network without exits, and so no profile's name."""
 
@@ -198,9 +200,10 @@ class Artifact:
         """The same artifact with this profile added, or put in place of the one of that name.
 
         Raises:
-            MalformedManifest: the profile is another network's. ExitifyError: the name cannot be a file's.
+            MalformedManifest: the profile is another network's, or has a number that cannot be. ExitifyError: the name cannot be a file's.
         """
         check_name("profile", name)
+        _check_profile(self, name, profile)  # as it is: what is not finite cannot be written
         changed = build_artifact(self.manifest, {**self.files, f"profiles/{name}.json": dumps(profile)})
         _check_profiles(changed)
         return changed
@@ -342,11 +345,16 @@ def _check_plan(artifact: Artifact) -> None:
         raise MalformedManifest(f"the plan's output {plan.output!r} is not the scores of some classes, computed by a segment", _AGAIN)
     heads = [segment for segment in plan.segments if segment.kind == "head" or segment.parameters]
     for point in plan.exits:
-        moved = (point.after,), (point.logits, point.features, point.scores), (point.weight, point.bias, point.temperature)
+        moved = point.inputs, (point.logits, point.features, point.scores), (point.weight, point.bias, point.temperature)
         if [(head.inputs, head.outputs, head.parameters) for head in heads].count(moved) != 1:
             raise MalformedManifest(f"the plan has no head for exit {point.name!r}, with the inputs and outputs that FORMAT.md says", _AGAIN)
         if point.head.classes != plan.classes or point.head.shape != plan.values[point.after].shape:
             raise MalformedManifest(f"the head of exit {point.name!r} does not fit the value that it reads, or the number of classes", _AGAIN)
+    gates = artifact.manifest.gates
+    if gates and (
+        set(gates) != {point.name for point in plan.exits} or any(len(g) != len(SCORES) + 1 or not np.isfinite(g).all() for g in gates.values())
+    ):
+        raise MalformedManifest(f"the manifest's gates are not {len(SCORES) + 1} finite numbers for each exit", _AGAIN)
     if len(heads) != len(plan.exits):
         raise MalformedManifest(f"the plan has {len(heads)} heads for {len(plan.exits)} exits", _AGAIN)
     for stretch in plan.stretches(plan.exit_names):
@@ -398,26 +406,53 @@ def parameter_values(plan: Plan) -> dict[str, Parameter]:
     """What the tensors look like that heads take as inputs."""
     values: dict[str, Parameter] = {}
     for point in plan.exits:
-        values[point.weight] = Parameter((point.head.classes, point.head.width), "float32")
+        values[point.weight] = Parameter((point.head.classes, point.head.features), "float32")
         values[point.bias] = Parameter((point.head.classes,), "float32")
         values[point.temperature] = Parameter((), "float32")
     return values
 
 
 def _check_profiles(artifact: Artifact) -> None:
-    exits = {point.name for point in artifact.plan.exits}
     for name, profile in artifact.profiles.items():
         _translate("a profile", functools.partial(check_name, "profile", name))
-        if set(profile.exits) != exits or profile.model_id != artifact.manifest.model_id:
-            raise MalformedManifest(f"profile {name!r} was made for another network", "calibrate again: `exitify calibrate`")
-        if not _is_mask(artifact.plan, profile.skip):
-            raise MalformedManifest(f"profile {name!r} has the mask {profile.skip[:80]!r}, which is none of this network", _AGAIN)
-        for temperature in (profile.final_temperature, *(setting.temperature for setting in profile.exits.values())):
-            if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
-                raise MalformedManifest(
-                    f"profile {name!r} has a temperature of {temperature}, not one from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}",
-                    "calibrate again: `exitify calibrate`",
-                )
+        _check_profile(artifact, name, profile)
+
+
+def _check_profile(artifact: Artifact, name: str, profile: Profile) -> None:
+    if set(profile.exits) != {point.name for point in artifact.plan.exits} or profile.model_id != artifact.manifest.model_id:
+        raise MalformedManifest(f"profile {name!r} was made for another network", _CALIBRATE_AGAIN)
+    if not _is_mask(artifact.plan, profile.skip):
+        raise MalformedManifest(f"profile {name!r} has the mask {profile.skip[:80]!r}, which is none of this network", _AGAIN)
+    for temperature in (profile.final_temperature, *(setting.temperature for setting in profile.exits.values())):
+        if not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+            raise MalformedManifest(
+                f"profile {name!r} has a temperature of {temperature}, not one from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}", _CALIBRATE_AGAIN
+            )
+    for exit_name, setting in profile.exits.items():
+        problem = setting_problem(setting, profile.policy)
+        if problem:
+            raise MalformedManifest(f"profile {name!r} has {problem} at {exit_name}", _CALIBRATE_AGAIN)
+    sets = profile.conformal
+    if sets is None:
+        return
+    if not 0 < sets.alpha < 1 or sets.samples < 1:
+        raise MalformedManifest(f"profile {name!r} has sets for alpha {sets.alpha} from {sets.samples} samples", _CALIBRATE_AGAIN)
+    if set(sets.quantiles) != set(artifact.plan.exit_names):
+        raise MalformedManifest(f"profile {name!r} has quantiles for {', '.join(sets.quantiles)[:80]}, not for each exit and final", _CALIBRATE_AGAIN)
+    for exit_name, quantile in sets.quantiles.items():
+        if not 0 <= quantile <= 1:
+            raise MalformedManifest(f"profile {name!r} has a quantile of {quantile} at {exit_name}, not one from 0 to 1", _CALIBRATE_AGAIN)
+
+
+def setting_problem(setting: ExitSetting, policy: Policy) -> str:
+    """Why an exit cannot decide so under a policy; empty where it can."""
+    if not math.isfinite(setting.threshold):
+        return f"a threshold of {setting.threshold}"
+    if len(setting.gate) not in (0, len(SCORES) + 1) or not all(abs(weight) < 1e300 for weight in setting.gate):
+        return f"a gate of {len(setting.gate)} numbers, not of {len(SCORES) + 1} finite ones,"
+    if setting.enabled and not setting.gate and policy in ("gates", "jei"):
+        return f"the policy {policy} and no gate"
+    return ""
 
 
 def _is_mask(plan: Plan, text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 from exitify.errors import DataError
 from exitify.plan import FINAL, Plan
 
-FORMAT = 4
+FORMAT = 5
 """The version of the format that this release writes, and the only one it reads."""
 
 
@@ -100,6 +100,7 @@ class Manifest:
     model_id: sha256 over plan, graphs and source weights; profiles and device states bind to it.
     heads_trained: Whether the heads have been trained; fresh ones say nothing.
     training_data: `Samples.identity()` of what they were trained on, empty when not known.
+    gates: Those that were trained with the heads, by exit, as `ExitSetting.gate` has them, for the temperature 1; empty where none were.
     """
 
     format: int
@@ -110,7 +111,12 @@ class Manifest:
     plan: Plan
     heads_trained: bool
     training_data: str = ""
+    gates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+
+Policy = Literal["top1", "entropy", "margin", "renyi_entropy", "patience", "gates", "jei", "temporal"]
+"""What an exit's score is, higher is surer; `exitify.runtime.policies` computes them all."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,13 @@ class ExitSetting:
     enabled: Whether its head is run at all.
     threshold: It is taken when its score reaches this.
     temperature: Divides its logits.
+    gate: What a learned gate adds up: a weight for each of `exitify.plan.SCORES`, then its bias; empty where there is none.
     """
 
     enabled: bool
     threshold: float
     temperature: float
+    gate: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Promise:
 
     kind: `max-drop` (accuracy against the full network), `budget-macs` (share of its multiply-adds), `budget-ms` (mean time of
         an answer), `risk` (disagreement with it).
-    limit: The number asked for. confidence: Of a `risk` promise, 0 otherwise.
+    limit: The number asked for. confidence: At which a `risk`, or a `max-drop`, was proven; 0 where it was estimated.
     kept: Whether the promise could be made; if not, the profile takes no exit, or the best found, as `note` says.
     samples: How many calibration samples it rests on.
     accuracy, full_accuracy, disagreement, mean_macs_share: What to expect of the profile, and of the full network: estimated
@@ -156,24 +164,42 @@ class Promise:
 
 
 @dataclass(frozen=True)
+class Conformal:
+    """How large an answer's set of classes must be to hold the true one (Angelopoulos and Bates 2021, arXiv:2107.07511).
+
+    alpha: Share of answers whose set may miss it. kind: Which samples each quantile is of: all, at every exit alike (`general`); or each
+        exit's own, those that leave there alone (`strict`), or others besides (`per_exit`, `gated`).
+    quantiles: By exit, `final` among them: of 1 - p(true class) at the exit's temperature.
+    samples: How many they rest on.
+    """
+
+    alpha: float
+    kind: Literal["general", "per_exit", "strict", "gated"]
+    quantiles: Mapping[str, float]
+    samples: int
+
+
+@dataclass(frozen=True)
 class Profile:
     """When to stop: a policy with its settings, calibrated for one model.
 
-    policy: Which score is held against the thresholds: `top1` (largest probability) or `margin`, higher is surer.
+    policy: Which score is held against the thresholds.
     skip: The mask that the thresholds belong to, one 0 or 1 a skip path; empty where the network has none.
     exits: One setting an exit of the plan.
     final_temperature: Divides the network's own logits.
     data: sha256 of the calibration samples' order, labels and pixels. engine: What recorded the outputs.
+    conformal: What makes sets of classes of its answers, where that was calibrated.
     """
 
     model_id: str
-    policy: Literal["top1", "margin"]
+    policy: Policy
     exits: Mapping[str, ExitSetting]
     final_temperature: float
     skip: str
     promise: Promise
     engine: str
     data: str
+    conformal: Conformal | None = None
 
     @property
     def enabled(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def read_memory(data: Buffer, plan: Plan, model_id: str) -> Memory:
     tensors = read_tensors(memoryview(data), MEMORY_FILE)
     count = len(tensors[_LABELS]) if _LABELS in tensors and tensors[_LABELS].ndim == 1 else 0
     looks = {
-        **{f"{point.name}.z": (np.dtype(np.float16), (count, point.head.width)) for point in plan.exits},
+        **{f"{point.name}.z": (np.dtype(np.float16), (count, point.head.features)) for point in plan.exits},
         _LOGITS: (np.dtype(np.float16), (count, plan.classes)),
         _LABELS: (np.dtype(np.int32), (count,)),
         _MODEL: (np.dtype(np.uint8), (32,)),

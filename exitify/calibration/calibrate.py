@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import NO_PROFILE, WEIGHTS_FILE, Artifact, check_name
-from exitify.artifact.manifest import ExitSetting, Profile, Promise, SegmentTimes
+from exitify.artifact.manifest import Conformal, ExitSetting, Policy, Profile, Promise, SegmentTimes
 from exitify.artifact.memory import remember
-from exitify.calibration.bounds import samples_needed, upper_bound
-from exitify.calibration.temperature import fit_temperature, log_softmax
-from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, price_path, stricter_first
+from exitify.calibration.bounds import BOUNDS, Bound
+from exitify.calibration.conformal import KINDS, Kind, fit_conformal, require_enough
+from exitify.calibration.exit_search import least_costs
+from exitify.calibration.quotas import quota_path
+from exitify.calibration.risk import RISKS, SEARCH_SHARE, SHARPEST, Risk, Steps, best_provable, proven, require_provable, to_test
+from exitify.calibration.temperature import calibration_errors, diverges, fit_temperature, log_softmax, require_labels
+from exitify.calibration.thresholds import (
+    NEVER,
+    Recorded,
+    common_path,
+    exits_taken,
+    finer_price_path,
+    judge,
+    patience_path,
+    price_path,
+    stricter_first,
+)
 from exitify.data import Samples, rows_at_once
 from exitify.errors import CalibrationError
-from exitify.plan import FINAL, Mask, Plan, boundary_macs, mask_text
+from exitify.plan import FINAL, SCORES, Mask, Plan, boundary_macs, mask_text
 from exitify.progress import Progress, silent
+from exitify.runtime.policies import from_logits, score, score_run
 from exitify.runtime.session import Session
 
 log = logging.getLogger(__name__)
@@ -27,10 +43,23 @@ log = logging.getLogger(__name__)
 FOLDS = 5
 """Parts of the calibration samples; each is judged with thresholds found on the others."""
 
-SEARCH_SHARE = 0.4
-"""Of a risk promise's samples, the share on which thresholds are searched; the bound is computed on the rest."""
+CONFORMAL_SHARE = 0.3
+"""Of the samples, the share that prediction sets rest on, where they are asked for; temperatures and thresholds are found on the rest."""
 
 FEWEST_SAMPLES = 50
+
+Gates = Sequence[Sequence[float]]
+"""Of each exit in order, the weights that its gate gives to `exitify.plan.SCORES`, then its bias; empty for none."""
+
+Search = Literal["coordinate", "quotas"]
+Path = Callable[[Recorded], Iterable[NDArray[np.float64]]]
+"""From recorded outputs to thresholds, as many whatever the samples, from the safest to the cheapest."""
+
+GATED = ("gates", "jei")
+"""Policies that read a learned gate. Gates are learned at the temperature 1, which early exits then keep."""
+
+LOOK_BACK: dict[str, Path] = {"patience": patience_path, "jei": common_path}
+"""Policies whose exits share one threshold and look back at each other: all of them are run."""
 
 NOT_PROVEN = "No exit could be proven to keep this promise on these samples"
 NO_EXIT = "No exit pays within this promise"
@@ -58,10 +87,16 @@ class Outputs:
         whole = None if self.whole is None else self.whole[rows]
         return replace(self, logits=self.logits[:, rows], labels=self.labels[rows], whole=whole, features=features)
 
-    def confidence(self, temperatures: NDArray[np.float64], policy: str) -> NDArray[np.float64]:
-        """How sure each early exit is, `(K, N)`, by a policy's score at its temperature."""
-        found = np.zeros(self.logits.shape[:2])[:-1]
-        for row, logits, temperature in zip(found, self.logits, temperatures):
+    def confidence(self, temperatures: NDArray[np.float64], policy: Policy, gates: Gates = ()) -> NDArray[np.float64]:
+        """How sure each early exit is, `(K, N)`, by a policy's score at its temperature, all exits run."""
+        early = self.logits[:-1]
+        if policy in LOOK_BACK or policy in GATED:
+            scores = np.zeros((*early.shape[:2], len(SCORES)))
+            for row, logits, temperature in zip(scores, early, temperatures):
+                row[:] = from_logits(logits, temperature)
+            return score_run(policy, scores, early.argmax(axis=2), gates)
+        found = np.zeros(early.shape[:2])
+        for row, logits, temperature in zip(found, early, temperatures):
             row[:] = confidence_of(logits / temperature, policy)
         return found
 
@@ -76,11 +111,13 @@ class Settings:
     """What calibration decides.
 
     thresholds: One an exit, `NEVER` for those switched off. temperatures: One an exit, the network's own last.
+    errors: The calibration error of each exit without its temperature and with it, `(K + 1, 2)` (`calibration_errors`); None where not measured.
     """
 
     thresholds: NDArray[np.float64]
     temperatures: NDArray[np.float64]
     promise: Promise
+    errors: NDArray[np.float64] | None = None
 
 
 def calibrate(
@@ -92,9 +129,15 @@ def calibrate(
     budget_ms: float | None = None,
     times: str = "",
     risk: tuple[float, float] | None = None,
+    risk_of: Risk = "disagreement",
+    bound: Bound | None = None,
+    search: Search = "coordinate",
     skip: str | Sequence[bool] | None = None,
     name: str = "default",
-    policy: Literal["top1", "margin"] = "top1",
+    policy: Policy = "top1",
+    gates: Mapping[str, Sequence[float]] | None = None,
+    alpha: float | None = None,
+    conformal: Kind = "gated",
     engine: str = "auto",
     threads: int = 1,
     seed: int = 0,
@@ -111,51 +154,119 @@ def calibrate(
             what was measured of each, unless `times` are given.
         times: With `budget_ms`: name of segment times in the artifact, measured on the machine that is to answer; this one then
             only records outputs.
-        risk: `(rate, confidence)`: answers differ from the full network's in at most this share, at this confidence.
+        risk: `(rate, confidence)`: what `risk_of` says is at most this rate, at this confidence.
+        risk_of: With `risk`: `disagreement`, the share of answers that differ from the full network's; `accuracy`, what is lost of it.
+        bound: With `risk`: what proves it, `clopper-pearson` (of disagreement alone), `bentkus` or `betting`; None is the sharpest.
+        search: With `budget_macs`: `coordinate`, one threshold at a time for a price on errors; `quotas`, MSDNet's geometric ones.
         skip: Skip paths that the profile leaves out (see `Plan.mask`); None is none of them, with `budget_ms` any. Promises
             are about the full network all the same.
         name: The profile's.
-        policy: The score to decide by.
+        policy: The score to decide by: `top1`, `entropy`, `margin`, `renyi_entropy`, or `gates`, each with a threshold of its own at every
+            exit; `patience` (how many exits in a row must agree) or `jei`, with one threshold and all exits run.
+        gates: For `gates` and `jei`: a learned gate of each exit, its four weights on `exitify.plan.SCORES` and its bias; by default
+            those that were trained with the artifact's heads. They are for the temperature 1, which early exits then keep.
+        alpha: Adds prediction sets, which miss the true class in at most this share of the answers. A part of the samples is kept for
+            them that temperatures and thresholds are not found on.
+        conformal: With `alpha`: which samples each exit's sets rest on (`exitify.calibration.conformal.conformal_quantiles`).
         engine, threads: What records the outputs.
         seed: Of the folds.
 
     Raises:
-        CalibrationError: no or several promises asked for, heads not trained, too few samples for the promise, no such times.
+        CalibrationError: no or several promises asked for, heads not trained, too few samples for the promise or the sets, no such times,
+            no gates, labels that are no classes.
         PlanError: the mask is none of this network.
     """
     mask = artifact.plan.mask(skip)
     _check_request(artifact, mask, max_drop, budget_macs, budget_ms, risk)
+    _check_options(risk, risk_of, bound, budget_macs, search, policy, conformal)
     check_name("profile", name)
-    if len(samples) < FEWEST_SAMPLES:
-        raise CalibrationError(
-            f"{len(samples)} samples are too few to calibrate on", f"give at least {FEWEST_SAMPLES}; a thousand and more make the promise sharp"
-        )
+    found_gates = _gates_of(artifact, policy, gates)
+    proof = bound or SHARPEST[risk_of]
+    fitted, held = split_for_sets(len(samples), alpha, seed)
+    _check_samples(samples, len(fitted), risk, risk_of, proof, alpha, artifact.plan.classes)
     measured = _times_called(artifact, times, budget_ms)
+    chosen = functools.partial(_with_settings, samples=samples, name=name, policy=policy, gates=found_gates)
     if budget_ms is not None:
         from exitify.calibration.time_budget import settle_time
 
         masks = None if skip is None else [mask]
         table, mask, settings, recorded_with = settle_time(
-            artifact, samples, budget_ms, masks=masks, times=measured, policy=policy, engine=engine, threads=threads, seed=seed, progress=progress
-        )
+            artifact, samples.subset(fitted) if len(held) else samples, budget_ms, masks=masks, times=measured, policy=policy, gates=found_gates,
+            engine=engine, threads=threads, seed=seed, progress=progress,
+        )  # fmt: skip
         if measured is None:  # by segments they are estimates, and what was measured stays
             artifact = artifact.with_masks(table)
-        return _with_settings(artifact, samples, mask, settings, name=name, policy=policy, engine=recorded_with)
+        sets = None
+        if alpha is not None:
+            apart = record_outputs(artifact, samples.subset(held), skip=mask, engine=engine, threads=threads, progress=progress)
+            sets = conformal_of(apart, artifact.plan, settings, alpha, conformal, policy=policy, gates=found_gates)
+        return chosen(artifact, mask=mask, settings=settings, sets=sets, engine=recorded_with)
     outputs = record_outputs(artifact, samples, skip=mask, engine=engine, threads=threads, progress=progress)
     progress("searching thresholds", 0, 1)
+    known = outputs.select(fitted) if len(held) else outputs
     if max_drop is not None:
-        settings = settle_max_drop(outputs, artifact.plan, max_drop, policy=policy, seed=seed)
+        settings = settle_max_drop(known, artifact.plan, max_drop, policy=policy, gates=found_gates, seed=seed)
     elif budget_macs is not None:
-        settings = settle_budget(outputs, artifact.plan, budget_macs, policy=policy, seed=seed)
+        settings = settle_budget(known, artifact.plan, budget_macs, policy=policy, gates=found_gates, search=search, seed=seed)
     else:
         assert risk is not None
-        settings = settle_risk(outputs, artifact.plan, *risk, policy=policy, seed=seed)
+        settings = settle_risk(known, artifact.plan, *risk, risk_of=risk_of, bound=proof, policy=policy, gates=found_gates, seed=seed)
+    sets = None
+    if alpha is not None:
+        sets = conformal_of(outputs.select(held), artifact.plan, settings, alpha, conformal, policy=policy, gates=found_gates)
     progress("searching thresholds", 1, 1)
-    calibrated = _with_settings(artifact, samples, mask, settings, name=name, policy=policy, engine=outputs.engine)
+    calibrated = chosen(artifact, mask=mask, settings=settings, sets=sets, engine=outputs.engine)
     if not outputs.features:
         return calibrated
     weights = memoryview(artifact.files[WEIGHTS_FILE]).nbytes
     return calibrated.with_memory(remember(outputs.features, outputs.full, outputs.labels, weights))
+
+
+def conformal_of(
+    outputs: Outputs, plan: Plan, settings: Settings, alpha: float, kind: Kind, *, policy: Policy = "top1", gates: Gates = ()
+) -> Conformal:
+    """What makes prediction sets of answers under these settings.
+
+    Args:
+        outputs: Of samples that the settings were not found on.
+
+    Raises:
+        CalibrationError: so few samples that no set could leave out a class.
+    """
+    taken = exits_taken(outputs.confidence(settings.temperatures, policy, gates), settings.thresholds)
+    probabilities = np.exp(log_softmax(outputs.logits / settings.temperatures[:, None, None]))
+    return fit_conformal(probabilities, outputs.labels, taken, plan.exit_names, alpha, kind)
+
+
+def split_for_sets(count: int, alpha: float | None, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows that temperatures and thresholds are found on, and rows that are kept for prediction sets."""
+    if alpha is None:
+        return np.arange(count), np.arange(0)
+    order = np.random.default_rng(seed).permutation(count)
+    kept = round(CONFORMAL_SHARE * count)
+    return np.sort(order[kept:]), np.sort(order[:kept])
+
+
+def _gates_of(artifact: Artifact, policy: Policy, gates: Mapping[str, Sequence[float]] | None) -> Gates:
+    """Each exit's gate in order, for policies that need one: those given, or those that were trained with the heads."""
+    if policy not in GATED:
+        if gates is not None:
+            raise CalibrationError(f"gates serve the policies gates and jei, not {policy}", "give --policy gates with them")
+        return ()
+    names = [point.name for point in artifact.plan.exits]
+    gates = artifact.manifest.gates if gates is None else gates
+    if not gates:
+        raise CalibrationError(
+            f"the policy {policy} needs learned gates, and the artifact has none",
+            "train them with its heads, `exitify train --method jei`, or give gates=…",
+        )
+    for name in names:
+        found = gates.get(name, ())
+        if len(found) != len(SCORES) + 1 or not np.isfinite(found).all():
+            raise CalibrationError(
+                f"the gate of {name} is {tuple(found)}, not {len(SCORES) + 1} finite numbers", f"weights of {', '.join(SCORES)}, then a bias"
+            )
+    return [tuple(float(number) for number in gates[name]) for name in names]
 
 
 def _times_called(artifact: Artifact, name: str, budget_ms: float | None) -> SegmentTimes | None:
@@ -170,34 +281,66 @@ def _times_called(artifact: Artifact, name: str, budget_ms: float | None) -> Seg
 
 
 def _with_settings(
-    artifact: Artifact, samples: Samples, mask: Mask, settings: Settings, *, name: str, policy: Literal["top1", "margin"], engine: str
+    artifact: Artifact,
+    *,
+    samples: Samples,
+    mask: Mask,
+    settings: Settings,
+    sets: Conformal | None,
+    name: str,
+    policy: Policy,
+    gates: Gates,
+    engine: str,
 ) -> Artifact:
     """The artifact with a profile of these settings, warned about where the samples look wrong."""
-    warning = looks_memorised(settings)
+    warnings = [looks_memorised(settings), _diverging(artifact.plan, settings)]
     if samples.identity() == artifact.manifest.training_data:
-        warning = "These are the samples that the heads were trained on. Calibrate on others."
-    if warning:
+        warnings[0] = "These are the samples that the heads were trained on. Calibrate on others."
+    for warning in filter(None, warnings):
         log.warning(warning)
-        settings = replace(settings, promise=replace(settings.promise, note=" ".join(filter(None, (settings.promise.note, warning)))))
-    exits = exit_settings(artifact.plan, settings.thresholds, settings.temperatures)
+    measured = _errors_text(artifact.plan, settings)
+    apart = f"Prediction sets rest on {sets.samples} other samples." if sets is not None else ""
+    note = " ".join(filter(None, (settings.promise.note, apart, measured, *warnings)))
     profile = Profile(
         artifact.manifest.model_id,
         policy,
-        exits,
+        exit_settings(artifact.plan, settings.thresholds, settings.temperatures, gates),
         float(settings.temperatures[-1]),
         mask_text(mask),
-        settings.promise,
+        replace(settings.promise, note=note),
         engine=engine,
         data=samples.identity(),
+        conformal=sets,
     )
     return artifact.with_profile(name, profile)
 
 
-def exit_settings(plan: Plan, thresholds: NDArray[np.float64], temperatures: NDArray[np.float64]) -> dict[str, ExitSetting]:
-    """Thresholds and temperatures as a profile holds them, by exit."""
+def _diverging(plan: Plan, settings: Settings) -> str:
+    """A warning of temperatures that no sample held back, else an empty text."""
+    found = [f"{name} ({t:.3g})" for name, t in zip(plan.exit_names, settings.temperatures) if diverges(t)]
+    if not found:
+        return ""
+    return (
+        f"No finite temperature fits {', '.join(found)}: on these samples it is always right, or no better than chance. "
+        "Its probabilities say little; give more samples, or train it again."
+    )
+
+
+def _errors_text(plan: Plan, settings: Settings) -> str:
+    """How far each exit's probabilities are off, for people."""
+    if settings.errors is None:
+        return ""
+    rows = (f"{name} {before:.3f}, {after:.3f}" for name, (before, after) in zip(plan.exit_names, settings.errors))
+    return f"Calibration error (ECE) without and with its temperature: {'; '.join(rows)}."
+
+
+def exit_settings(plan: Plan, thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], gates: Gates = ()) -> dict[str, ExitSetting]:
+    """Thresholds, temperatures and gates as a profile holds them, by exit."""
     return {
-        point.name: ExitSetting(bool(threshold < NEVER), float(min(threshold, 2.0)), float(temperature))
-        for point, threshold, temperature in zip(plan.exits, thresholds, temperatures)
+        point.name: ExitSetting(
+            bool(threshold < NEVER), float(threshold) if threshold < NEVER else 2.0, float(temperature), tuple(gates[i]) if gates else ()
+        )
+        for i, (point, threshold, temperature) in enumerate(zip(plan.exits, thresholds, temperatures))
     }
 
 
@@ -236,31 +379,44 @@ def record_outputs(
     progress("recording outputs", done, len(samples))
     features = {point.name: np.concatenate([one[point.name] for one in read]) for point in artifact.plan.exits} if read else {}
     all_of_it = np.concatenate(whole) if whole else full
-    return Outputs(np.concatenate(parts, axis=1), samples.labels, session.engine.full_name, mask, all_of_it, features)
+    logits = np.concatenate(parts, axis=1)
+    for exit_name, one in zip(names, logits):
+        if not np.isfinite(one).all():
+            first = int(np.flatnonzero(~np.isfinite(one).all(axis=1))[0])
+            raise CalibrationError(f"the logits of {exit_name} are not finite for sample {first}", "train the heads again: `exitify train`")
+    return Outputs(logits, samples.labels, session.engine.full_name, mask, all_of_it, features)
 
 
-def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: str = "top1", seed: int = 0) -> Settings:
+def settle_max_drop(outputs: Outputs, plan: Plan, max_drop: float, *, policy: Policy = "top1", gates: Gates = (), seed: int = 0) -> Settings:
     """The cheapest thresholds whose accuracy, judged on samples they were not found on, falls by no more than `max_drop`.
 
     A search over thresholds flatters itself on its own samples (here by 0.4 points), so each fold is judged with the
     thresholds that the others would have chosen at the same price of errors, and the price is chosen by that: the
     last one before an estimate is above the limit, since the cheapest of all below it would be below it by luck.
     """
-    path, held_out, temperatures = cross_fit(outputs, plan, policy, seed)
+    path, held_out, temperatures = cross_fit(outputs, plan, policy, seed, gates=gates)
     broken = np.flatnonzero(held_out.drop > max_drop)  # the first step, without an exit, only where a mask leaves something out
     kept = not (len(broken) and broken[0] == 0)
     best = (max(int(broken[0]), 1) if len(broken) else len(path)) - 1
+    if held_out.cost[best] >= held_out.cost[0]:  # where all exits are run, whether one is taken or not
+        best = 0
     error = held_out.drop_error[best]
     note = f"estimated drop {held_out.drop[best] * 100:+.2f} ± {error * 100:.2f} points."
+    if not kept:
+        least = held_out.drop.min() * 100
+        note = f"with what the mask leaves out no drop of {max_drop * 100:g} points can be kept, {least:+.2f} is the least found; " + note
     if error > max_drop > 0:
         note += f" The samples are few for this limit: about {int(len(outputs.labels) * (error / max_drop) ** 2)} would tell."
     promise = Promise("max-drop", max_drop, 0.0, kept, len(outputs.labels), 0, 0, 0, 0, 0, note)
     return settled(path[best], temperatures, held_out, best, promise, outputs.mask)
 
 
-def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = "top1", seed: int = 0) -> Settings:
+def settle_budget(
+    outputs: Outputs, plan: Plan, budget: float, *, policy: Policy = "top1", gates: Gates = (), search: Search = "coordinate", seed: int = 0
+) -> Settings:
     """The most accurate thresholds whose mean cost is within the budget."""
-    path, held_out, temperatures = cross_fit(outputs, plan, policy, seed)
+    path_of = LOOK_BACK.get(policy, quota_path if search == "quotas" else finer_price_path)
+    path, held_out, temperatures = cross_fit(outputs, plan, policy, seed, gates=gates, path_of=path_of)
     within = np.flatnonzero((held_out.macs <= budget) & (held_out.own_macs <= budget))
     kept = bool(len(within))
     best = int(within[held_out.drop[within].argmin()]) if kept else int(held_out.macs.argmin())
@@ -272,58 +428,120 @@ def settle_budget(outputs: Outputs, plan: Plan, budget: float, *, policy: str = 
     return settled(path[best], temperatures, held_out, best, promise, outputs.mask)
 
 
-def settle_risk(outputs: Outputs, plan: Plan, rate: float, confidence: float, *, policy: str = "top1", seed: int = 0) -> Settings:
-    """The cheapest thresholds of which it is proven that they change at most `rate` of the full network's answers.
+def settle_risk(
+    outputs: Outputs,
+    plan: Plan,
+    rate: float,
+    confidence: float,
+    *,
+    risk_of: Risk = "disagreement",
+    bound: Bound | None = None,
+    policy: Policy = "top1",
+    gates: Gates = (),
+    seed: int = 0,
+) -> Settings:
+    """The cheapest thresholds of which it is proven that they lose at most `rate`: of agreement with the full network, or of its accuracy.
 
     Thresholds, from safest to cheapest, come from one part of the samples. On the other part each is tested in this order
-    with a one-sided binomial bound, until one fails; the one before it is taken. Testing in a fixed order, found on other
-    samples, needs no correction for having looked at many (fixed-sequence testing; Angelopoulos et al. 2021,
-    arXiv:2110.01052, section 2).
+    until one fails (`risk.proven`); the cheapest of those before it is taken.
+
+    Args:
+        bound: What tests them; None is the one that stops earliest.
 
     Raises:
-        CalibrationError: so few samples that even full agreement among them would prove nothing.
+        CalibrationError: so few samples that nothing could be proven if none of them lost anything; a bound that cannot be of accuracy.
     """
-    order = np.random.default_rng(seed).permutation(len(outputs.labels))
-    searched = round(SEARCH_SHARE * len(order))
-    search, test = outputs.select(order[:searched]), outputs.select(order[searched:])
-    needed = samples_needed(rate, confidence)
-    if len(test.labels) < needed:
-        raise CalibrationError(
-            f"{len(outputs.labels)} samples cannot prove a disagreement of at most {rate:g} at {confidence:g}",
-            f"give at least {int(np.ceil(needed / (1 - SEARCH_SHARE)))}, or ask for less",
-        )
-    temperatures = _temperatures(search)
-    recorded = recorded_outputs(search, temperatures, plan, policy, disagreement_of(search))
-    tested = recorded_outputs(test, temperatures, plan, policy, disagreement_of(test, smooth=False))
-    chosen = np.full(len(plan.exits), NEVER)
-    least = judge(recorded, chosen)[1]
-    any_proven = False
-    untaken = [chosen] if any(outputs.mask) else []  # without an exit nothing differs, unless something is left out
-    for thresholds in (*untaken, *stricter_first(price_path(recorded))):
-        failures = round(judge(tested, thresholds)[0] * len(test.labels))
-        if upper_bound(failures, len(test.labels), confidence) > rate:
-            break
-        any_proven = True
-        cost = judge(recorded, thresholds)[1]
-        if cost < least:  # among proven ones any may be taken: the cheapest, and none that costs more than it saves
-            chosen, least = thresholds, cost
-    taken = exits_taken(tested.confidence, chosen)
+    bound = bound or SHARPEST[risk_of]
+    require_provable(len(outputs.labels), rate, confidence, bound, risk_of)
+    trial = prepare_risk(outputs, plan, risk_of, policy=policy, gates=gates, seed=seed)
+    steps, test, judged_on, left_out = trial.steps, trial.test, trial.judged_on, any(outputs.mask)
+    count = proven(steps, rate, confidence, bound, risk_of)
+    chosen = trial.cheapest(count)
+    taken = exits_taken(judged_on.confidence, chosen)
     everyone = np.arange(len(taken))
     predictions = test.logits.argmax(axis=2)
     full = test.full.argmax(axis=1)
-    disagreement = float((predictions[taken, everyone] != full).mean())
-    bound = upper_bound(round(disagreement * len(taken)), len(taken), confidence)
-    note = f"at most {bound * 100:.2f} % disagreement at {confidence:g}, proven on {len(taken)} of the samples."
+    is_on = bool((chosen < NEVER).any())
+    lost = f"{judged_on.loss[taken, everyone].mean() * 100:.2f} %"
+    what = {"disagreement": "other answers than the network's", "accuracy": "of accuracy lost"}[risk_of]
+    notes = [] if is_on else [_without_exits(NO_EXIT if count or not steps.thresholds else NOT_PROVEN, outputs.mask)]
+    if count and (is_on or left_out):
+        notes.append(f"at most {rate * 100:g} % {what} at {confidence:g}, proven on {len(taken)} of the samples by the {bound} bound ({lost} seen).")
+    elif left_out:
+        notes.append(f"{lost} {what} seen on {len(taken)} of the samples.")
+    if not count and len(steps.thresholds):
+        smallest = best_provable(steps, confidence, bound, risk_of)
+        notes.append(f"The smallest rate that these samples prove at {confidence:g} is {np.ceil(smallest * 1e4) / 100:.4g} %.")
+    if is_on:
+        loss, cost = judge(trial.found_on, chosen)
+        notes.append(_gap_text(cost, float(least_costs(trial.found_on, np.array([loss]))[0])))
     promise = Promise(
-        "risk", rate, confidence, any_proven or not any(outputs.mask), len(outputs.labels),
+        "risk" if risk_of == "disagreement" else "max-drop", rate, confidence, bool(count) or not left_out, len(outputs.labels),
         accuracy=float((predictions[taken, everyone] == test.labels).mean()),
         full_accuracy=float((full == test.labels).mean()),
-        disagreement=disagreement,
+        disagreement=float((predictions[taken, everyone] != full).mean()),
         mean_macs_share=float(_macs(plan, outputs.mask, chosen)[taken].mean()),
         mean_ms=0.0,
-        note=note if (chosen < NEVER).any() else f"{_without_exits(NO_EXIT if any_proven else NOT_PROVEN, outputs.mask)} {note}",
+        note=" ".join(notes),
     )  # fmt: skip
-    return Settings(chosen, temperatures, promise)
+    return Settings(chosen, trial.temperatures, promise, _errors(outputs, policy, seed))
+
+
+@dataclass(frozen=True)
+class RiskTrial:
+    """All that a promise of risk is proven from, whatever its rate.
+
+    found_on, judged_on: The two parts of the samples. test: What exits say of the second.
+    """
+
+    steps: Steps
+    temperatures: NDArray[np.float64]
+    found_on: Recorded
+    judged_on: Recorded
+    test: Outputs
+
+    def cheapest(self, count: int) -> NDArray[np.float64]:
+        """Of the first so many settings the cheapest, or no exit where none saves more than it costs; of proven ones any may be taken."""
+        nothing = np.full(len(self.found_on.confidence), NEVER)
+        if not count or self.steps.cost[:count].min() >= judge(self.found_on, nothing)[1]:
+            return nothing
+        return self.steps.thresholds[int(self.steps.cost[:count].argmin())]
+
+
+def prepare_risk(outputs: Outputs, plan: Plan, risk_of: Risk, *, policy: Policy = "top1", gates: Gates = (), seed: int = 0) -> RiskTrial:
+    """Split the samples, find settings on one part, and say what each loses on the other."""
+    order = np.random.default_rng(seed).permutation(len(outputs.labels))
+    searched = round(SEARCH_SHARE * len(order))
+    search, test = outputs.select(order[:searched]), outputs.select(order[searched:])
+    temperatures = _temperatures(search, policy)
+    loss = disagreement_of(search) if risk_of == "disagreement" else excess_error(search, temperatures)
+    found_on = recorded_outputs(search, temperatures, plan, policy, loss, gates=gates)
+    judged_on = recorded_outputs(test, temperatures, plan, policy, loss_of(test, risk_of), gates=gates)
+    untaken = [np.full(len(plan.exits), NEVER)] if any(outputs.mask) else []  # without an exit nothing differs, unless something is left out
+    return RiskTrial(to_test([*untaken, *_finely(found_on, policy)], found_on, judged_on), temperatures, found_on, judged_on, test)
+
+
+def _finely(recorded: Recorded, policy: Policy) -> Iterable[NDArray[np.float64]]:
+    """What a policy's thresholds are tested as, from the safest to the cheapest."""
+    if policy in LOOK_BACK:
+        return LOOK_BACK[policy](recorded)
+    return stricter_first(price_path(recorded), 0.0 if policy in ("entropy", "renyi_entropy") else 1.0)
+
+
+def loss_of(outputs: Outputs, risk_of: Risk) -> NDArray[np.float64]:
+    """What a promise of risk is about, `(K + 1, N)`: 0 or 1 of disagreement; of accuracy -1, 0 or 1, the full network right less the exit right."""
+    if risk_of == "disagreement":
+        return disagreement_of(outputs, smooth=False)
+    right = (outputs.logits.argmax(axis=2) == outputs.labels).astype(float)
+    return (outputs.full.argmax(axis=1) == outputs.labels) - right
+
+
+def _gap_text(cost: float, bound: float) -> str:
+    """How far a search may be from the best there is, for people."""
+    return (
+        f"Where thresholds were found they cost {cost:.3f}, boundaries priced; none that lose as little cost less than {bound:.3f} "
+        f"(gap {max(1 - bound / cost, 0.0):.0%})."
+    )
 
 
 def are_memorised(full_accuracy: float, final_temperature: float) -> bool:
@@ -347,7 +565,9 @@ class HeldOut:
     """The steps of the path, each judged on samples that its thresholds were not found on: one number a step.
 
     answers: `(steps, N)`, the class that each step answers with. exits: `(steps, N)`, where it leaves, the network's own exit last.
-    own_macs: The cost of the path's own thresholds, on the samples that they were found on.
+    own_macs: The cost of the path's own thresholds, on the samples that they were found on. own_cost: The same with boundaries priced.
+    bound: What no thresholds that lose as little there cost less than (`exit_search.lower_bound`).
+    errors: Of each exit, as `Settings` has them.
     """
 
     answers: NDArray[np.int32]
@@ -358,15 +578,21 @@ class HeldOut:
     cost: NDArray[np.float64]
     macs: NDArray[np.float64]
     own_macs: NDArray[np.float64]
+    own_cost: NDArray[np.float64]
+    bound: NDArray[np.float64]
+    errors: NDArray[np.float64]
     full_accuracy: float
 
 
-def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]]:
+def cross_fit(
+    outputs: Outputs, plan: Plan, policy: Policy, seed: int, *, gates: Gates = (), path_of: Path | None = None
+) -> tuple[list[NDArray[np.float64]], HeldOut, NDArray[np.float64]]:
     """The path over all samples, its first step no exit at all, and how its prices fare on samples held out."""
-    temperatures = _temperatures(outputs)
-    recorded = recorded_outputs(outputs, temperatures, plan, policy, excess_error(outputs, temperatures))
+    temperatures = _temperatures(outputs, policy)
+    recorded = recorded_outputs(outputs, temperatures, plan, policy, excess_error(outputs, temperatures), gates=gates)
+    path_of = path_of or LOOK_BACK.get(policy, price_path)
     nothing = np.full(len(plan.exits), NEVER)
-    path = [nothing, *price_path(recorded)]
+    path = [nothing, *path_of(recorded)]
     count = len(outputs.labels)
     predictions = outputs.logits.argmax(axis=2)
     full = outputs.full.argmax(axis=1)
@@ -376,7 +602,7 @@ def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[lis
     folds = np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
     for fold in folds:
         others = np.setdiff1d(np.arange(count), fold)
-        for step, thresholds in enumerate([nothing, *price_path(recorded.select(others))]):
+        for step, thresholds in enumerate([nothing, *path_of(recorded.select(others))]):
             taken = exits_taken(recorded.confidence[:, fold], thresholds)
             answers[step, fold], exits[step, fold] = predictions[taken, fold], taken
             cost[step, fold] = recorded.cost(thresholds)[taken]
@@ -384,18 +610,21 @@ def cross_fit(outputs: Outputs, plan: Plan, policy: str, seed: int) -> tuple[lis
     drop, differs = full_right - (answers == outputs.labels), answers != full
     error = drop.std(axis=1) / np.sqrt(count)
     own = np.array([_macs(plan, outputs.mask, thresholds)[exits_taken(recorded.confidence, thresholds)].mean() for thresholds in path])
-    return (
-        path,
-        HeldOut(answers, exits, drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, float(full_right.mean())),
-        temperatures,
-    )
+    own_loss, own_cost = np.array([judge(recorded, thresholds) for thresholds in path]).T
+    held_out = HeldOut(
+        answers, exits, drop.mean(1), error, differs.mean(1), cost.mean(1), macs.mean(1), own, own_cost, least_costs(recorded, own_loss),
+        _errors(outputs, policy, seed), float(full_right.mean()),
+    )  # fmt: skip
+    return path, held_out, temperatures
 
 
 def settled(
     thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], held_out: HeldOut, step: int, promise: Promise, mask: Mask
 ) -> Settings:
     """Settings whose promise carries what was measured at this step, under this mask."""
-    if not (thresholds < NEVER).any():
+    if (thresholds < NEVER).any():
+        promise = replace(promise, note=f"{promise.note} {_gap_text(held_out.own_cost[step], held_out.bound[step])}")
+    else:
         step = 0  # without an exit: what others of the folds' thresholds would give says nothing
         if len(thresholds):
             promise = replace(promise, note=f"{_without_exits(NO_EXIT, mask)} {promise.note}")
@@ -406,18 +635,30 @@ def settled(
         disagreement=float(held_out.disagreement[step]),
         mean_macs_share=float(held_out.macs[step]),
     )
-    return Settings(thresholds, temperatures, measured)
+    return Settings(thresholds, temperatures, measured, held_out.errors)
 
 
 def _without_exits(why: str, mask: Mask) -> str:
     return f"{why}: the full network runs, without what the mask leaves out." if any(mask) else f"{why}: the full network runs."
 
 
-def _temperatures(outputs: Outputs) -> NDArray[np.float64]:
+def _temperatures(outputs: Outputs, policy: Policy) -> NDArray[np.float64]:
+    if policy in GATED:
+        return np.append(np.ones(len(outputs.logits) - 1), fit_temperature(outputs.logits[-1], outputs.labels))
     return np.array([fit_temperature(logits, outputs.labels) for logits in outputs.logits])
 
 
-def recorded_outputs(outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, policy: str, loss: NDArray[np.float64]) -> Recorded:
+def _errors(outputs: Outputs, policy: Policy, seed: int) -> NDArray[np.float64]:
+    """Calibration errors, `(K + 1, 2)`, at the temperatures that this policy leaves an exit."""
+    found = calibration_errors(outputs.logits, outputs.labels, seed)
+    if policy in GATED:
+        found[:-1, 1] = found[:-1, 0]
+    return found
+
+
+def recorded_outputs(
+    outputs: Outputs, temperatures: NDArray[np.float64], plan: Plan, policy: Policy, loss: NDArray[np.float64], *, gates: Gates = ()
+) -> Recorded:
     """What the search works on; costs in units of the full network's, boundaries priced."""
     full = plan.full_macs
     names = [point.name for point in plan.exits]
@@ -425,14 +666,16 @@ def recorded_outputs(outputs: Outputs, temperatures: NDArray[np.float64], plan: 
     heads = np.array([plan.head(point).cost.macs for point in plan.exits], float)
     reach_cost = np.array([*reach.values()], float) - np.append(np.cumsum(heads), heads.sum())
     boundaries = np.array([boundary_macs(plan.crossing_bytes(point)) for point in plan.exits], float)
-    return Recorded(outputs.confidence(temperatures, policy), loss, reach_cost / full, (heads + boundaries) / full)
+    return Recorded(outputs.confidence(temperatures, policy, gates), loss, reach_cost / full, (heads + boundaries) / full)
 
 
-def confidence_of(logits: NDArray[np.floating], policy: str) -> NDArray[np.float64]:
-    """A policy's score of logits `(N, classes)` at their temperature, higher is surer."""
-    probabilities = np.exp(log_softmax(logits))
-    top = np.partition(probabilities, -2, axis=1)[:, -2:]
-    return top[:, 1] if policy == "top1" else top[:, 1] - top[:, 0]
+def confidence_of(logits: NDArray[np.floating], policy: Policy) -> NDArray[np.float64]:
+    """A policy's score of one exit's logits `(N, classes)` at their temperature, higher is surer; of policies that look at this exit alone."""
+    if policy in ("top1", "margin"):  # a review on a device computes these often, and has no use for entropies
+        probabilities = np.exp(log_softmax(logits))
+        top = np.partition(probabilities, -2, axis=1)[:, -2:]
+        return top[:, 1] if policy == "top1" else top[:, 1] - top[:, 0]
+    return score(policy, from_logits(logits), logits.argmax(axis=1))[0]
 
 
 def excess_error(outputs: Outputs, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -464,6 +707,44 @@ def _macs(plan: Plan, mask: Mask, thresholds: NDArray[np.float64]) -> NDArray[np
     """Multiply-adds of a run that ends at each exit, as shares of the full network's; infinite where an exit is off."""
     reach = plan.macs_at([point.name for point, threshold in zip(plan.exits, thresholds) if threshold < NEVER], mask or None)
     return np.array([reach.get(name, np.inf) for name in plan.exit_names], np.float64) / plan.full_macs
+
+
+def _check_options(
+    risk: tuple[float, float] | None, risk_of: Risk, bound: Bound | None, budget_macs: float | None, search: Search, policy: Policy, conformal: Kind
+) -> None:
+    if policy == "temporal":
+        raise CalibrationError(
+            "the policy temporal compares frames of a stream, and samples are none", "give the stream its own: Session.stream(hold=0.95)"
+        )
+    policies = tuple(name for name in get_args(Policy) if name != "temporal")
+    one_of = (("risk_of", risk_of, RISKS), ("search", search, get_args(Search)), ("conformal", conformal, KINDS), ("policy", policy, policies))
+    for option, value, known in (*one_of, *([("bound", bound, BOUNDS)] if bound is not None else [])):
+        if value not in known:
+            raise CalibrationError(f"there is no {option} {value!r}", f"there are {', '.join(known)}")
+    if risk is None and (bound is not None or risk_of != "disagreement"):
+        raise CalibrationError("bound and risk_of say how a risk is proven", "give --risk 0.02@0.95 with them")
+    if search == "quotas" and budget_macs is None:
+        raise CalibrationError("quotas are found for a budget of multiply-adds", "give --budget-macs 0.6 with --search quotas")
+    if search == "quotas" and policy in LOOK_BACK:
+        raise CalibrationError(
+            f"quotas give each exit a threshold of its own, and {policy} has one for all", "give --search coordinate, or --policy top1"
+        )
+
+
+def _check_samples(
+    samples: Samples, fitted: int, risk: tuple[float, float] | None, risk_of: Risk, bound: Bound, alpha: float | None, classes: int
+) -> None:
+    """Refuse what could not come out well, before anything is recorded."""
+    if fitted < FEWEST_SAMPLES:
+        enough = FEWEST_SAMPLES if alpha is None else int(np.ceil(FEWEST_SAMPLES / (1 - CONFORMAL_SHARE)))
+        raise CalibrationError(
+            f"{len(samples)} samples are too few to calibrate on", f"give at least {enough}; a thousand and more make the promise sharp"
+        )
+    if alpha is not None:
+        require_enough(len(samples) - fitted, alpha, CONFORMAL_SHARE)
+    if risk is not None:
+        require_provable(fitted, *risk, bound, risk_of, share=1.0 if alpha is None else 1.0 - CONFORMAL_SHARE)
+    require_labels(samples.labels, classes)
 
 
 def _check_request(

@@ -105,17 +105,24 @@ def lower_bound(recorded: Recorded, limit: Limit) -> float:
     The limit is priced (weak duality), and each sample then leaves where cost and priced loss are least, paying for no head but
     that one's: no thresholds know so well.
     """
+    if limit.loss is not None:
+        return float(least_costs(recorded, np.array([limit.loss]))[0])
+    scale = PRICES * recorded.reach_cost[-1]
+    return float(((_priced_omnisciently(recorded) - (limit.cost or 0.0)) / scale).max())  # a loss may be below that of the whole network
+
+
+def least_costs(recorded: Recorded, losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What no thresholds with these mean losses cost less than, `(S,)` as `losses`; by `lower_bound`."""
+    priced = _priced_omnisciently(recorded)[:, None] - (PRICES * recorded.reach_cost[-1])[:, None] * losses
+    return np.maximum(priced.max(axis=0), 0.0)
+
+
+def _priced_omnisciently(recorded: Recorded) -> NDArray[np.float64]:
+    """Mean of cost + price * loss at each price, where each sample leaves at its best exit."""
     cost = recorded.reach_cost.copy()
     cost[:-1] += recorded.try_cost
-    bounds = [0.0] if limit.loss is not None else []  # a loss may be below that of the whole network
-    for price in PRICES * recorded.reach_cost[-1]:
-        if limit.loss is not None:
-            relaxed = (cost[:, None] + price * recorded.loss).min(axis=0)
-            bounds.append(float(np.average(relaxed, weights=recorded.weight)) - price * limit.loss)
-        else:
-            relaxed = (recorded.loss + cost[:, None] / price).min(axis=0)
-            bounds.append(float(np.average(relaxed, weights=recorded.weight)) - (limit.cost or 0.0) / price)
-    return max(bounds)
+    best = [(cost[:, None] + price * recorded.loss).min(axis=0) for price in PRICES * recorded.reach_cost[-1]]
+    return np.array([np.average(row, weights=recorded.weight) for row in best])
 
 
 def _edge(held: list[bool], limit: Limit) -> int:

@@ -21,8 +21,8 @@ def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
     """Return the temperature with the least negative log-likelihood.
 
-    The likelihood is unimodal in log T (its derivative in 1/T is monotone), so a bracketed search over log T finds
-    the one minimum; at an end of the range the end is returned.
+    The likelihood is unimodal in log T (its derivative in 1/T is monotone), so the one minimum is bracketed by the range;
+    Newton's steps go to it, and where one leaves the bracket it is halved. At an end of the range the end is returned.
 
     Args:
         logits: `(N, classes)`, of samples that the network was not trained on.
@@ -31,31 +31,76 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
     Returns:
         T in [0.05, 20].
 
+    Raises:
+        CalibrationError: logits that are not finite, a label outside the classes.
+
     Source: Guo et al. 2017, arXiv:1706.04599, section 4.2.
     """
     if not np.isfinite(logits).all():
         raise CalibrationError("a head's logits are not finite on the calibration data", "train the heads again: `exitify train`")
+    require_labels(labels, logits.shape[1])
     rows = np.arange(len(labels))
     centred = np.asarray(logits, np.float64) - np.asarray(logits, np.float64)[rows, labels][:, None]
 
-    def derivative(log_t: float) -> float:
-        """Sign of d NLL / d log T."""
+    def derivatives(log_t: float) -> tuple[float, float]:
+        """First and second, of the mean NLL by log T."""
         scaled = centred / np.exp(log_t)
         weights = np.exp(log_softmax(scaled))
-        return float(-(weights * scaled).sum(axis=1).mean())
+        mean = (weights * scaled).sum(axis=1)
+        return float(-mean.mean()), float(((weights * scaled * scaled).sum(axis=1) - mean**2 + mean).mean())
 
     low, high = LOG_RANGE
-    if derivative(low) >= 0:
+    if derivatives(low)[0] >= 0:
         return float(np.exp(low))
-    if derivative(high) <= 0:
+    if derivatives(high)[0] <= 0:
         return float(np.exp(high))
-    for _ in range(40):
-        middle = (low + high) / 2
-        if derivative(middle) < 0:
-            low = middle
-        else:
-            high = middle
-    return float(np.exp((low + high) / 2))
+    log_t = 0.0
+    for _ in range(100):
+        slope, curvature = derivatives(log_t)
+        low, high = (log_t, high) if slope < 0 else (low, log_t)
+        step = -slope / curvature if curvature > 0 else np.inf
+        before, log_t = log_t, log_t + step if low < log_t + step < high else (low + high) / 2
+        if abs(log_t - before) < 1e-11:
+            break
+    return float(np.exp(log_t))
+
+
+def require_labels(labels: NDArray[np.integer], classes: int) -> None:
+    """Refuse labels that name no class, by the first of them.
+
+    Raises:
+        CalibrationError: a label outside [0, classes).
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(outside):
+        raise CalibrationError(
+            f"the label {labels[outside[0]]} of sample {outside[0]} is none of the network's {classes} classes",
+            f"they are numbered 0 to {classes - 1}",
+        )
+
+
+def diverges(temperature: float) -> bool:
+    """Whether a fitted temperature is an end of the range: the head is (almost) always right on the samples, or no better than chance."""
+    low, high = np.exp(LOG_RANGE)
+    return bool(temperature <= low * (1 + 1e-6) or temperature >= high * (1 - 1e-6))
+
+
+def calibration_errors(logits: NDArray[np.floating], labels: NDArray[np.integer], seed: int = 0) -> NDArray[np.float64]:
+    """The calibration error of each exit without a temperature and with one, `(exits, 2)`.
+
+    Each half of the samples is judged at the temperature of the other: one fitted on the samples that judge it flatters itself.
+
+    Args:
+        logits: `(exits, N, classes)`. labels: `(N,)`. seed: Of the halves.
+    """
+    halves = np.array_split(np.random.default_rng(seed).permutation(len(labels)), 2)
+    found = np.zeros((len(logits), 2))
+    for row, one in zip(found, logits):
+        fitted = np.ones(len(labels))
+        for judged, others in (halves, halves[::-1]):
+            fitted[judged] = fit_temperature(one[others], labels[others])
+        row[:] = [expected_calibration_error(np.exp(log_softmax(one / t)), labels) for t in (1.0, fitted[:, None])]
+    return found
 
 
 def expected_calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.integer], bins: int = 15) -> float:

@@ -127,11 +127,40 @@ def price_path(recorded: Recorded, steps: int = 60) -> Iterator[NDArray[np.float
         yield thresholds
 
 
-def stricter_first(path: Iterable[NDArray[np.float64]]) -> Iterator[NDArray[np.float64]]:
+def finer_price_path(recorded: Recorded) -> Iterator[NDArray[np.float64]]:
+    """Yield the price path with three steps on the way from each of its settings to the next: a limit falls between prices."""
+    before: NDArray[np.float64] | None = None
+    for thresholds in price_path(recorded):
+        yield from between(thresholds if before is None else before, thresholds)
+        yield thresholds
+        before = thresholds
+
+
+def between(before: NDArray[np.float64], after: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """Yield three settings on the way from one to another; an exit that only one of them has on stays as it is before."""
+    both = (after < NEVER) & (before < NEVER)
+    for share in (0.25, 0.5, 0.75):
+        yield np.where(both, before + share * (np.where(both, after, 0.0) - np.where(both, before, 0.0)), before)
+
+
+def patience_path(recorded: Recorded) -> Iterator[NDArray[np.float64]]:
+    """Yield what asks K exits in a row to agree, then K - 1, … 1: the same for every exit, and all of them are run."""
+    count = len(recorded.confidence)
+    for agreed in range(count, 0, -1):
+        yield np.full(count, float(agreed))
+
+
+def common_path(recorded: Recorded, steps: int = 60) -> Iterator[NDArray[np.float64]]:
+    """Yield one threshold for all exits, from 1 down to 0 in equal steps, 1/2 among them: for scores that all exits share out."""
+    for threshold in np.linspace(1.0, 0.0, steps + 1):
+        yield np.full(len(recorded.confidence), threshold)
+
+
+def stricter_first(path: Iterable[NDArray[np.float64]], highest: float = 1.0) -> Iterator[NDArray[np.float64]]:
     """Yield a path's distinct settings, finely: stricter ones than its first, then each with steps on the way to the next.
 
     A search cannot tell settings apart that make no error on its own samples, and jumps between those that do; a test on
-    other samples can. Scores end at 1, so a setting is made stricter by moving its thresholds towards that.
+    other samples can. A setting is made stricter by moving its thresholds towards the highest that a score can be.
     """
     before: NDArray[np.float64] | None = None
     for thresholds in path:
@@ -140,10 +169,8 @@ def stricter_first(path: Iterable[NDArray[np.float64]]) -> Iterator[NDArray[np.f
             continue
         if before is None:
             for share in np.geomspace(0.02, 0.8, 10):
-                yield np.where(on, 1.0 - (1.0 - thresholds) * share, NEVER)
+                yield np.where(on, highest - (highest - thresholds) * share, NEVER)
         else:
-            both = on & (before < NEVER)
-            for share in (0.25, 0.5, 0.75):
-                yield np.where(both, before + share * (np.where(both, thresholds, 0.0) - np.where(both, before, 0.0)), before)
+            yield from between(before, thresholds)
         yield thresholds
         before = thresholds

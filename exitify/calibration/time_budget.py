@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.artifact import NO_PROFILE, Artifact
-from exitify.artifact.manifest import MaskMeasured, MaskTable, Profile, Promise, SegmentTimes
-from exitify.calibration.calibrate import HeldOut, Outputs, Settings, cross_fit, exit_settings, record_outputs, settled
+from exitify.artifact.manifest import MaskMeasured, MaskTable, Policy, Profile, Promise, SegmentTimes
+from exitify.calibration.calibrate import Gates, HeldOut, Outputs, Settings, cross_fit, exit_settings, record_outputs, settled
 from exitify.calibration.segment_times import mean_time, run_times
 from exitify.calibration.temperature import log_softmax
 from exitify.calibration.thresholds import NEVER
@@ -78,7 +78,8 @@ def settle_time(
     *,
     masks: Sequence[Mask] | None = None,
     times: SegmentTimes | None = None,
-    policy: str = "top1",
+    policy: Policy = "top1",
+    gates: Gates = (),
     engine: str = "auto",
     threads: int = 1,
     seed: int = 0,
@@ -126,7 +127,7 @@ def settle_time(
         right = float((outputs.logits[-1].argmax(1) == outputs.labels).mean())
         share = plan.macs_at((), mask)[FINAL] / plan.full_macs
         measured[mask_text(mask)] = MaskMeasured(right, _disagreement(outputs), share, mask_ms[mask])
-        fit = cross_fit(outputs, plan, policy, seed)
+        fit = cross_fit(outputs, plan, policy, seed, gates=gates)
         belief += probabilities(outputs.logits[-1], fit[2][-1]) / len(mask_ms)
         if mask in masks:
             paths[mask] = fit
@@ -147,7 +148,7 @@ def settle_time(
         chosen = most_accurate(within, jury) if within and check < CHECKS - 1 else fastest
         found_ms = chosen.ms
         if times is None:
-            found_ms = _time_choice(artifact, chosen, paths[chosen.mask][2], inputs, policy, engine, threads)
+            found_ms = _time_choice(artifact, chosen, paths[chosen.mask][2], inputs, policy, gates, engine, threads)
         if found_ms <= budget or found_ms < ms:
             best, ms = chosen, found_ms
         if ms <= budget or not within:
@@ -156,6 +157,8 @@ def settle_time(
     progress("timing the choice", CHECKS, CHECKS)
     _, held_out, temperatures = paths[best.mask]
     note = f"{ms:.2f} ms {'measured' if times is None else 'by the times of its segments'} with {place[0]} on {place[2]}; "
+    if ms > budget:
+        note = f"no choice that was found is within {budget:g} ms, this is the fastest: {note}"
     note += f"estimated drop {held_out.drop[best.step] * 100:+.2f} ± {held_out.drop_error[best.step] * 100:.2f} points."
     promise = Promise("budget-ms", budget, 0.0, ms <= budget, len(samples), 0, 0, 0, 0, ms, note)
     return table, best.mask, settled(best.thresholds, temperatures, held_out, best.step, promise, best.mask), session.engine.full_name
@@ -244,14 +247,15 @@ def _time_choice(
     choice: Candidate,
     temperatures: NDArray[np.float64],
     inputs: NDArray[np.generic],
-    policy: str,
+    policy: Policy,
+    gates: Gates,
     engine: str,
     threads: int,
 ) -> float:
     """Mean milliseconds an answer with this mask and these thresholds."""
-    settings = exit_settings(artifact.plan, choice.thresholds, temperatures)
+    settings = exit_settings(artifact.plan, choice.thresholds, temperatures, gates)
     promise = Promise("budget-ms", 0.0, 0.0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, "")
-    profile = Profile(artifact.manifest.model_id, policy, settings, float(temperatures[-1]), mask_text(choice.mask), promise, "", "")  # type: ignore[arg-type]
+    profile = Profile(artifact.manifest.model_id, policy, settings, float(temperatures[-1]), mask_text(choice.mask), promise, "", "")
     session = Session(artifact.with_profile("timed", profile), engine=engine, profile="timed", threads=threads)
     for x in inputs[:10]:
         session.run(x)

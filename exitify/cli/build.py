@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -13,6 +14,7 @@ from exitify.cli import show, tables
 from exitify.errors import ExitifyError
 from exitify.files import NotWritten
 from exitify.plan import mask_text
+from exitify.progress import silent
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ def transform(
     ] = "auto",
     skips: Annotated[str, typer.Option(help="Blocks that may be left out: auto, none, how many of each stage, or names of modules.")] = "none",
     head: Annotated[str, typer.Option(help="auto, linear, conv, deep, mlp (conv128: of that width), or own: as the network's own head.")] = "auto",
+    cascade: Annotated[
+        str, typer.Option(help="How heads use the logits of the exit before: none, identity, learned, layer_norm, boosted or ensemble.")
+    ] = "none",
     data: Annotated[str | None, typer.Option(help="Labelled pictures: exits auto are then searched, with probes trained on these.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Pictures that the network has not seen, to choose by; by default a part of --data.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="With --data: accuracy may fall by this much; 0.005 unless a time is given.")] = None,
@@ -79,11 +84,13 @@ def transform(
             held_out=(held_out, None), max_drop=(max_drop, None), budget_ms=(budget_ms, None), work=(work, None), cost=(cost, "time"),
             engine=(engine, "auto"), threads=(threads, 1),
         )  # fmt: skip
-        program = place(captured, exits=exits, skips=skips, head=head)
+        program = place(captured, exits=exits, skips=skips, head=head, cascade=cascade)
         artifact = exitify.export(program, contract=loaded.contract, heads_trained=False)
     else:
         if exits != "auto":
             raise ExitifyError(f"--data serves the search for exits, and --exits {exits} says where they are", "leave one of them out")
+        if cascade != "none":
+            raise ExitifyError("--data tries heads by themselves, and --cascade ties them", "give the places that it finds: --exits NAME:KIND,…")
         _one_of("cost", cost, ("time", "macs"))
         with_skips = ChooseSkips(skips=skips)(captured) if skips != "none" else captured
         samples = load_samples(data, loaded.contract, classes=captured.plan.classes)
@@ -153,6 +160,7 @@ def transform(
         exits=(exits, "auto"),
         skips=(skips, "none"),
         head=(head, "auto"),
+        cascade=(cascade, "none"),
         source=(loaded.source, ""),
         scores=(scores, None),
     )
@@ -171,26 +179,77 @@ def train(
     artifact: Annotated[Path, ARTIFACT],
     data: Annotated[str, DATA],
     output: Annotated[Path | None, OUTPUT] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that the artifact was made from, as for `transform`: the whole network is then trained.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the heads: distillation (by default), jei (with gates), class-means. With --model: joint (by default), ramp, equilibrium, "
+            "one-for-all, or skip-distillation."
+        ),
+    ] = None,
+    cost_weight: Annotated[float, typer.Option(min=0, help="With --method jei: what the network's cost is worth, in nats of cross-entropy.")] = 1.0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training samples.")] = 20,
-    copies: Annotated[int, typer.Option(min=1, help="How often each picture is augmented and recorded.")] = 4,
+    copies: Annotated[int, typer.Option(min=1, help="Heads only: how often each picture is augmented and recorded.")] = 4,
     augment: Annotated[str, typer.Option(help="none, crop, crop+flip, or auto: crop, and flip where pictures are in colour.")] = "auto",
-    distillation: Annotated[float, typer.Option(min=0, max=1, help="Weight of the network's own answer against the label.")] = 0.9,
+    distillation: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Weight of what the network answers now against the label; 0.9, and 0 with --model, by default."),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak of the schedule.")] = 0.05,
+    batch: Annotated[int, typer.Option(min=2, help="With --model: samples a step, of all processes together.")] = 128,
+    schedule: Annotated[str, typer.Option(help="With --model: cosine, or step (a tenth at 1/2, a hundredth at 3/4).")] = "cosine",
+    weight_decay: Annotated[float, typer.Option(min=0, help="With --model: on weights, not on norms and biases.")] = 5e-4,
+    weights: Annotated[Path | None, typer.Option(help="With --model: its weights, which must be the artifact's; not needed.")] = None,
+    scores: Annotated[str | None, typer.Option(help="With --model: where the class scores are in what it returns.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="With --model: load a pickled module, which runs the code in it.")] = False,
+    device: Annotated[str, typer.Option(help="With --model: cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="With --model: fp32, or bf16 in products and convolutions.")] = "fp32",
     work: Annotated[Path | None, typer.Option(help="Folder for recorded features and checkpoints.")] = None,
     threads: Annotated[int | None, THREADS] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Train the heads; the network itself stays as it is. Needs the artifact and labelled pictures, nothing else."""
+    """Train the heads, from the artifact and labelled pictures alone; or, with --model, the whole network with its exits."""
+    _require_place(output or artifact)
+    if model is not None:
+        _require_defaults(
+            "serves training of the heads alone, and --model trains the whole network", copies=(copies, 4), cost_weight=(cost_weight, 1.0)
+        )
+        _train_network(
+            artifact, data, output or artifact, model, method or "joint", weights=weights, scores=scores, trust=trust, device=device, work=work,
+            threads=threads, json=json, epochs=epochs, batch=batch, learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule,
+            augmentation=augment, distillation=distillation or 0.0, precision=precision, seed=seed,
+        )  # fmt: skip
+        return
+    _require_defaults(
+        "serves training of the whole network, which needs its model", "give --model, or leave it out", batch=(batch, 128),
+        schedule=(schedule, "cosine"), weight_decay=(weight_decay, 5e-4), weights=(weights, None), scores=(scores, None), trust=(trust, False),
+        device=(device, "cpu"), precision=(precision, "fp32"),
+    )  # fmt: skip
     from exitify.artifact.artifact import Artifact
     from exitify.artifact.sources import source_hashes
     from exitify.data import load_samples
-    from exitify.train.heads import HeadTraining, train_heads
+    from exitify.train.heads import METHODS, HeadTraining, train_heads
 
-    _require_place(output or artifact)
+    if method is not None and method not in METHODS:
+        raise ExitifyError(
+            f"--method {method} is no way to train heads alone, which are {', '.join(METHODS)}", "give --model to train the whole network"
+        )
     opened = Artifact.open(artifact)
     samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
-    options = HeadTraining(epochs, copies, augment, distillation, learning_rate=learning_rate, seed=seed)
+    distillation = 0.9 if distillation is None else distillation
+    options = HeadTraining(
+        epochs,
+        copies,
+        augment,
+        distillation,
+        learning_rate=learning_rate,
+        seed=seed,
+        method=cast(Any, method or "distillation"),
+        cost_weight=cost_weight,
+    )
     folder = work or artifact.with_name(f"{artifact.stem}.train")
     with show.progress_bar() as progress:
         trained, reports = train_heads(opened, samples, options, save_to=output or artifact, work=folder, threads=threads, progress=progress)
@@ -210,9 +269,94 @@ def train(
             print(f"The library for {name} was compiled from other heads: `exitify compile {output or artifact} --target {name}`")
     print(f"Wrote {output or artifact}. Next: `exitify calibrate {output or artifact} --data DIR --max-drop 0.005`")
     how = show.call("HeadTraining", epochs=(epochs, 20), copies=(copies, 4), augmentation=(augment, "auto"), distillation=(distillation, 0.9),
-                    learning_rate=(learning_rate, 0.05), seed=(seed, 0))  # fmt: skip
+                    learning_rate=(learning_rate, 0.05), seed=(seed, 0), method=(method or "distillation", "distillation"),
+                    cost_weight=(cost_weight, 1.0))  # fmt: skip
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     show.python_call(show.call("exitify.train_heads", opening, "samples", how, save_to=(str(output or artifact), None), threads=(threads, None)))
+
+
+def _require_defaults(why: str, hint: str = "leave it out", **options: tuple[object, object]) -> None:
+    """Refuse options that the chosen way does not read, rather than ignore them."""
+    for name, (value, default) in options.items():
+        if value != default:
+            raise ExitifyError(f"--{name.replace('_', '-')} {why}", hint)
+
+
+def _train_network(
+    artifact: Path,
+    data: str,
+    output: Path,
+    model: str,
+    method: str,
+    *,
+    weights: Path | None,
+    scores: str | None,
+    trust: bool,
+    device: str,
+    work: Path | None,
+    threads: int | None,
+    json: bool,
+    **given: Any,
+) -> None:
+    """The whole network with its exits; under torchrun in each of its processes, of which the first one speaks."""
+    from exitify.artifact.artifact import Artifact
+    from exitify.data import load_samples
+    from exitify.models import load_model
+    from exitify.pictures import format_preprocess
+    from exitify.train.end_to_end import EpochReport, TrainingOptions, other_weight, train_network
+
+    opened = Artifact.open(artifact)
+    contract = opened.manifest.input
+    samples = load_samples(data, contract, classes=opened.plan.classes)
+    preprocess = format_preprocess(contract.preprocess, contract.color) if contract.preprocess is not None else None
+    loaded = load_model(model, weights=weights, input_shape=contract.shape, preprocess=preprocess, classes=contract.classes, trust=trust)
+    different = other_weight(loaded.module, opened) if weights is not None else ""
+    if different:
+        raise ExitifyError(
+            f"{weights} has another {different!r} than the artifact, whose weights training begins with",
+            "leave --weights out; to begin with others, transform the model again",
+        )
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    options = TrainingOptions(method, **given)
+    folder = work or artifact.with_name(f"{artifact.stem}.train")
+
+    def say(report: EpochReport) -> None:
+        if not json:
+            show.say(str(report))
+
+    with show.progress_bar() if speaks else contextlib.nullcontext(silent) as progress:
+        trained, reports = train_network(
+            opened, samples, loaded.module, options, scores=scores, save_to=output, work=folder, threads=threads, device=device, progress=progress,
+            each_epoch=say,
+        )  # fmt: skip
+    if not speaks:
+        return
+    if work is None:
+        with contextlib.suppress(OSError):  # not empty: a training with other options was interrupted
+            folder.rmdir()
+    if json:
+        show.as_json({"output": str(output), "model_id": trained.manifest.model_id, "epochs": reports})
+        return
+    last = reports[-1]
+    rows = [(name, show.percent(last.accuracy[name]), f"{last.losses[name]:.4f}") for name in last.accuracy]
+    show.table("Exits, on training samples set aside (not trained on)", ("exit", "accuracy", "loss"), rows)
+    dropped = [f"the profile{'s' * (len(opened.profiles) > 1)} {', '.join(opened.profiles)}"] if opened.profiles else []
+    dropped += [f"the {'libraries' if len(opened.targets) > 1 else 'library'} for {', '.join(opened.targets)}"] if opened.targets else []
+    dropped += ["what was measured"] if opened.times or opened.masks is not None else []
+    if dropped:
+        print(f"Dropped {', '.join(dropped)}: made for the network as it was; this one has another model_id.")
+    next_step = f"`exitify calibrate {output} --data DIR --max-drop 0.005`"
+    if not trained.manifest.heads_trained:
+        next_step = f"heads, which this method leaves as they were: `exitify train {output} --data {data}`"
+    print(f"Wrote {output}. Next: {next_step}")
+    how = show.call("TrainingOptions", repr(method), **{name: (value, getattr(TrainingOptions(), name)) for name, value in given.items()})
+    loading = show.call("exitify.load_model", repr(model), input_shape=(contract.shape, None), trust=(trust, False))
+    opening = show.call("exitify.Artifact.open", repr(str(artifact)))
+    training = show.call(
+        "exitify.train.end_to_end.train_network", opening, "samples", f"{loading}.module", how, scores=(scores, None),
+        save_to=(str(output), None), threads=(threads, None), device=(device, "cpu"),
+    )  # fmt: skip
+    show.python_call(training)
 
 
 def calibrate(
@@ -225,9 +369,20 @@ def calibrate(
     ] = None,
     times: Annotated[str, typer.Option(help="With --budget-ms: for the machine where `exitify measure` took these times.")] = "",
     risk: Annotated[str | None, typer.Option(help="RATE@CONFIDENCE: at most this share of other answers, 0.02@0.95.")] = None,
+    risk_of: Annotated[str, typer.Option(help="With --risk: disagreement, or accuracy: at most this much of it is lost.")] = "disagreement",
+    bound: Annotated[
+        str | None, typer.Option(help="With --risk: what proves it, clopper-pearson, bentkus or betting; by default the one that stops earliest.")
+    ] = None,
+    search: Annotated[
+        str, typer.Option(help="With --budget-macs: coordinate, one threshold at a time, or quotas, in a geometric row.")
+    ] = "coordinate",
     profile: Annotated[str, typer.Option(help="Name to store the settings under.")] = "default",
     skip: Annotated[str | None, SKIP] = None,
-    policy: Annotated[str, typer.Option(help="Score to decide by: top1 or margin.")] = "top1",
+    policy: Annotated[str, typer.Option(help="What decides: top1, entropy, margin, renyi_entropy, patience, gates or jei.")] = "top1",
+    prediction_sets: Annotated[
+        float | None, typer.Option(help="Add sets of classes that miss the true one in at most this share of answers: 0.05. Takes 3 in 10 samples.")
+    ] = None,
+    conformal: Annotated[str, typer.Option(help="With --prediction-sets: what each exit's rest on, gated, strict, general or per_exit.")] = "gated",
     output: Annotated[Path | None, OUTPUT] = None,
     engine: Annotated[str, typer.Option(help="What records the outputs.")] = "auto",
     threads: Annotated[int, THREADS] = 1,
@@ -242,12 +397,11 @@ def calibrate(
     _require_place(output or artifact)
     opened = Artifact.open(artifact)
     samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
-    if policy not in ("top1", "margin"):
-        raise ExitifyError(f"there is no policy {policy!r}", "there are top1 and margin")
     with show.progress_bar() as progress:
         calibrated = find(
-            opened, samples, max_drop=max_drop, budget_macs=budget_macs, budget_ms=budget_ms, times=times, risk=parse_risk(risk), skip=skip,
-            name=profile, policy=policy, engine=engine, threads=threads, seed=seed, progress=progress,  # type: ignore[arg-type]
+            opened, samples, max_drop=max_drop, budget_macs=budget_macs, budget_ms=budget_ms, times=times, risk=parse_risk(risk),
+            risk_of=risk_of, bound=bound, search=search, policy=policy, conformal=conformal,  # type: ignore[arg-type]
+            alpha=prediction_sets, skip=skip, name=profile, engine=engine, threads=threads, seed=seed, progress=progress,
         )  # fmt: skip
     calibrated.save(output or artifact)
     made = calibrated.profile(profile)
@@ -261,8 +415,10 @@ def calibrate(
     print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE`")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     finding = show.call("exitify.calibrate", opening, "samples", max_drop=(max_drop, None), budget_macs=(budget_macs, None),
-                        budget_ms=(budget_ms, None), times=(times, ""), risk=(parse_risk(risk), None), skip=(skip, None), name=(profile, "default"),
-                        policy=(policy, "top1"), engine=(engine, "auto"), threads=(threads, 1), seed=(seed, 0))  # fmt: skip
+                        budget_ms=(budget_ms, None), times=(times, ""), risk=(parse_risk(risk), None), risk_of=(risk_of, "disagreement"),
+                        bound=(bound, None), search=(search, "coordinate"), skip=(skip, None), name=(profile, "default"), policy=(policy, "top1"),
+                        alpha=(prediction_sets, None), conformal=(conformal, "gated"), engine=(engine, "auto"), threads=(threads, 1),
+                        seed=(seed, 0))  # fmt: skip
     show.python_call(f"{finding}.save({str(output or artifact)!r})")
 
 

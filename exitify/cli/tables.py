@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from exitify.targets import Target
     from exitify.train.heads import HeadReport
 
+SHOWN_CLASSES = 5
+"""Of an answer's set of classes, so many are named."""
+
 
 def exits(plan: Plan) -> None:
     """Where the network may stop."""
@@ -132,11 +135,12 @@ def profile(name: str, made: Profile) -> None:
     masked = f", leaving out {made.skip}" if "1" in made.skip else ""
     table(f"Profile {name!r}, by {made.policy}{masked}", ("exit", "runs", "threshold", "temperature"), rows)
     promise = made.promise
+    proven = f" at {promise.confidence:g}" if promise.confidence else ""
     asked = {
-        "max-drop": f"drop of at most {promise.limit * 100:g} points",
+        "max-drop": f"drop of at most {promise.limit * 100:g} points{proven}",
         "budget-macs": f"{promise.limit:g} of the multiply-adds",
         "budget-ms": f"{promise.limit:g} ms an answer",
-        "risk": f"{promise.limit:g} other answers at {promise.confidence:g}",
+        "risk": f"{promise.limit:g} other answers{proven}",
     }
     say(f"Promise: {asked[promise.kind]}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
     accuracy = f"Accuracy {promise.accuracy:.2%} against {promise.full_accuracy:.2%}, other answers {promise.disagreement:.2%}"
@@ -145,11 +149,23 @@ def profile(name: str, made: Profile) -> None:
 
 def answers(names: Sequence[str], given: Sequence[Answer], plan: Plan) -> None:
     """One line an input."""
-    rows = [
-        (name, answer.name, f"{answer.probabilities[answer.label]:.3f}", answer.exit, f"{answer.macs / plan.full_macs:.3f}", f"{answer.ms:.2f}")
-        for name, answer in zip(names, given)
-    ]
-    table("", ("input", "answer", "probability", "exit", "of the cost", "ms"), rows)
+    with_sets = any(answer.prediction_set is not None for answer in given)
+    rows: list[tuple[object, ...]] = []
+    for name, answer in zip(names, given):
+        where = f"{answer.exit}, held" if answer.held else answer.exit
+        sure = f"{answer.probabilities[answer.label]:.3f}"
+        sets = (_classes_of(answer),) if with_sets else ()
+        rows.append((name, answer.name, sure, *sets, where, f"{answer.macs / plan.full_macs:.3f}", f"{answer.ms:.2f}"))
+    columns = ("input", "answer", "probability", *(("one of",) if with_sets else ()), "exit", "of the cost", "ms")
+    table("", columns, rows)
+
+
+def _classes_of(answer: Answer) -> str:
+    """The names of an answer's set of classes, the first few of many."""
+    labels = answer.prediction_set or ()
+    names = [answer.classes[label] if label < len(answer.classes) else str(label) for label in labels[:SHOWN_CLASSES]]
+    more = f" and {len(labels) - SHOWN_CLASSES} more" if len(labels) > SHOWN_CLASSES else ""
+    return ", ".join(names) + more or "none"
 
 
 def answer_json(name: str, answer: Answer) -> dict[str, Any]:
@@ -159,8 +175,10 @@ def answer_json(name: str, answer: Answer) -> dict[str, Any]:
         "label": answer.label,
         "name": answer.name,
         "exit": answer.exit,
+        "held": answer.held,
         "macs": answer.macs,
         "ms": answer.ms,
+        "prediction_set": answer.prediction_set,
         "probabilities": [float(p) for p in answer.probabilities],
         "logits": [float(v) for v in answer.logits],
     }

@@ -31,6 +31,11 @@ def run(
     profile: Annotated[str | None, PROFILE] = None,
     skip: Annotated[str | None, SKIP] = None,
     budget_ms: Annotated[float | None, typer.Option(help="Leave out what was measured to fit this time, in place of a profile.")] = None,
+    exit_name: Annotated[str | None, typer.Option("--exit", help="Always answer at this exit, or at final.")] = None,
+    deadline_ms: Annotated[float | None, typer.Option(help="The best answer within this time of each call.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="The inputs are frames in order: an answer is kept while it still holds.")] = False,
+    hold: Annotated[float | None, typer.Option(help="With --stream: least similarity of two frames, 0 to 1, by which an answer holds.")] = None,
+    budget_macs: Annotated[float | None, typer.Option(help="With --batch: share of the multiply-adds that its answers may take on average.")] = None,
     engine: Annotated[str, ENGINE] = "auto",
     threads: Annotated[int, THREADS] = 1,
     batch: Annotated[int, typer.Option(min=1, help="How many to answer at once.")] = 1,
@@ -39,21 +44,40 @@ def run(
     """Answer for pictures or arrays, stopping as early as the profile allows."""
     from exitify.runtime.session import Session
 
+    if budget_ms is not None and (profile is not None or skip is not None):
+        raise DataError("--budget-ms chooses what to leave out", "give it without --profile and --skip")
+    if stream and (exit_name, skip, deadline_ms, batch) != (None, None, None, 1):
+        raise DataError(
+            "--stream answers frames one by one, and stops where an answer holds", "give it without --exit, --skip, --deadline-ms and --batch"
+        )
+    if hold is not None and not stream:
+        raise DataError("--hold says how alike the frames of a stream must be", "give it with --stream")
+    if deadline_ms is not None and batch > 1:
+        raise DataError("--deadline-ms is for one answer at a time", "give it without --batch")
+    if budget_macs is not None and batch == 1:
+        raise DataError("--budget-macs is what the answers of a batch take on average", "give it with --batch 256, for instance")
     session = Session.load(artifact, engine=engine, profile=profile, threads=threads)
     if budget_ms is not None:
-        if profile is not None or skip is not None:
-            raise DataError("--budget-ms chooses what to leave out", "give it without --profile and --skip")
         session.use(budget_ms=budget_ms)
+    in_use, stops_by_itself = session.profile_name, exit_name or deadline_ms or stream or budget_macs
+    if exit_name is not None:
+        session.use(profile, budget_ms=budget_ms, exit=exit_name)
     named = [pair for name in inputs for pair in read_inputs(name, session.contract)]
+    frames = session.stream(hold=hold) if stream else None
     answers = []
     for start in range(0, len(named), batch):
         ready = [x for _, x in named[start : start + batch]]
-        answers += [session.run(ready[0], skip)] if batch == 1 else session.run_batch(_stacked(ready), skip)
+        if frames is not None:
+            answers.append(frames.run(ready[0]))
+        elif batch == 1:
+            answers.append(session.run(ready[0], skip, deadline_ms=deadline_ms))
+        else:
+            answers += session.run_batch(_stacked(ready), skip, budget_macs=budget_macs)
     if json:
         rows = [tables.answer_json(name, answer) for (name, _), answer in zip(named, answers)]
         show.as_json(
             {
-                "profile": session.profile_name,
+                "profile": in_use,
                 "skip": mask_text(session.artifact.plan.mask(skip)) if skip else session.mask,
                 "engine": session.engine.name,
                 "answers": rows,
@@ -63,12 +87,19 @@ def run(
     tables.answers([name for name, _ in named], answers, session.artifact.plan)
     if budget_ms is not None:
         print(f"Left out: {session.mask}.")
-    elif session.profile_name is None and session.artifact.plan.exits:
+    elif in_use is None and session.artifact.plan.exits and not stops_by_itself:
         print("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
     loading = show.call("exitify.Session.load", repr(str(artifact)), engine=(engine, "auto"), profile=(profile, None), threads=(threads, 1))
-    if budget_ms is not None:
-        loading = f"session = {loading}; session.use(budget_ms={budget_ms!r}); session"
-    show.python_call(show.call(f"{loading}.{'run' if batch == 1 else 'run_batch'}", "x", skip=(skip, None)))
+    if budget_ms is not None or (exit_name is not None and batch > 1):
+        using = show.call("session.use", profile=(profile, None), budget_ms=(budget_ms, None), exit=(exit_name, None))
+        loading = f"session = {loading}; {using}; session"
+    if stream:
+        show.python_call(f"stream = {show.call(f'{loading}.stream', hold=(hold, None))}; stream.run(x)")
+    elif batch > 1:
+        show.python_call(show.call(f"{loading}.run_batch", "x", skip=(skip, None), budget_macs=(budget_macs, None)))
+    else:
+        one_exit = exit_name if budget_ms is None else None
+        show.python_call(show.call(f"{loading}.run", "x", skip=(skip, None), exit=(one_exit, None), deadline_ms=(deadline_ms, None)))
 
 
 def read_inputs(name: str, contract: InputContract) -> list[tuple[str, NDArray[Any]]]:

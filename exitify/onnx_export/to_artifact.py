@@ -130,6 +130,8 @@ def _whole_network(program: Program) -> tuple[ModelProto, dict[str, list[str]]]:
         for i, name in enumerate((point.logits, point.features, point.scores)):
             with graph.inserting_after(head):
                 outputs[name] = graph.call_function(operator.getitem, (head, i))
+        if point.previous:
+            head.args = (head.args[0], outputs[program.plan.exit(point.previous).logits])
     _copy_before_overwriting(graph, nodes, program)
     final = next(node for node in graph.nodes if node.op == "output")
     final.args = (tuple(outputs.values()),)
@@ -278,14 +280,15 @@ class _Cut:
         nodes = self._reading(segment, given, [self.nodes[i] for i in sorted(needed)])
         read = {name: None for name in read if name != self.plan.input or any(name in node.input for node in nodes)}
         self.known.update(segment.outputs)
-        inputs = tuple(name for name in read if name in self.plan.values)
+        order = {name: i for i, name in enumerate(segment.inputs)}
+        inputs = tuple(sorted((name for name in read if name in self.plan.values), key=lambda name: order.get(name, len(order))))
         constants = [name for name in read if (name in self.inside or name in self.tensors) and name not in segment.parameters]
         initializers = [self._initializer(name, places) for name in constants]
         missing = set(read) - set(inputs) - set(segment.parameters) - {tensor.name for tensor in initializers}
         assert not missing, f"{segment.name}: nothing gives {missing}"
         head = {point.name: point for point in self.plan.exits}.get(segment.name.removeprefix("head_"))
         shapes: dict[str, tuple[int, ...]] = (
-            {} if head is None else {head.weight: (head.head.classes, head.head.width), head.bias: (head.head.classes,), head.temperature: ()}
+            {} if head is None else {head.weight: (head.head.classes, head.head.features), head.bias: (head.head.classes,), head.temperature: ()}
         )
         graph = helper.make_graph(
             nodes,

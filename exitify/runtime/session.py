@@ -7,19 +7,25 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exitify.artifact.artifact import LEAST_TEMPERATURE, MOST_TEMPERATURE, NO_PROFILE, Artifact
-from exitify.artifact.manifest import ExitSetting, InputContract
+from exitify.artifact.artifact import LEAST_TEMPERATURE, MOST_TEMPERATURE, NO_PROFILE, Artifact, setting_problem
+from exitify.artifact.manifest import ExitSetting, InputContract, Policy
 from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL, SCORES, Mask, Stretch, mask_text
+from exitify.runtime.deadlines import FIRST_PASSES, StretchTimes
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import ALIGNMENT, Array, Bound, Engine, Runner, aligned
+from exitify.runtime.policies import BEFORE, History, Scorer, State, score, scorer, softmax
+from exitify.runtime.quotas import geometric_quotas
 from exitify.targets.board import conditions
+
+if TYPE_CHECKING:
+    from exitify.runtime.stream import Stream
 
 COPY_MACS_A_BYTE = 4
 """What copying a byte costs beside computing: 10 GB/s against 40 GMAC/s. Rows that have left a batch are dropped when
@@ -34,6 +40,9 @@ class Answer:
     label: Index of the class. exit: Name of the exit taken, `final` for the whole network.
     logits: `(classes,)` before the temperature. macs: Multiply-adds spent, heads on the way counted.
     ms: Wall-clock time; in a batch, the batch's time up to this answer.
+    quantile: Of the profile's `conformal` at the exit that the logits are of; None where it has none.
+    held: Whether it is an earlier frame's answer that still holds (`Session.stream`): label and logits are that frame's, exit says where
+        this one stopped.
     """
 
     label: int
@@ -43,13 +52,24 @@ class Answer:
     macs: int
     ms: float
     classes: tuple[str, ...]
+    quantile: float | None = None
+    held: bool = False
 
     @property
     def probabilities(self) -> Array:
         """`(classes,)`, at the calibrated temperature."""
-        scaled = np.asarray(self.logits, np.float64) / self.temperature
-        powers = np.exp(scaled - scaled.max())
-        return (powers / powers.sum()).astype(np.float32)
+        return softmax(self.logits, self.temperature).astype(np.float32)
+
+    @property
+    def prediction_set(self) -> tuple[int, ...] | None:
+        """Classes that may be the true one, the likeliest first: those with 1 - p up to the quantile; None where the profile has no quantiles.
+
+        Of answers to samples like those that it was calibrated on, a share of `Conformal.alpha` misses the true class. It may be empty.
+        """
+        if self.quantile is None:
+            return None
+        p = softmax(self.logits, self.temperature)
+        return tuple(int(label) for label in np.argsort(-p, kind="stable") if 1 - p[label] <= self.quantile)
 
     @property
     def name(self) -> str:
@@ -70,7 +90,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Visit:
-    """An exit on the way of a run, taken or not. logits: `(classes,)`. features: The classifier's input, `(width,)`. score: The policy's."""
+    """An exit on the way of a run, taken or not.
+
+    logits: `(classes,)`. features: The classifier's input, `(width,)`. score: The policy's; NaN where it has none there.
+    """
 
     exit: str
     logits: Array
@@ -108,36 +131,69 @@ class ExitsVersion:
 
 
 @dataclass(frozen=True)
+class _Rule:
+    """How exits decide, whichever of them are run.
+
+    profile: Its name, empty for none. settings: By exit; one that is not there, or not enabled, is never taken.
+    final_temperature: Divides the network's own logits. quantiles: By exit, empty for none.
+    """
+
+    profile: str = ""
+    policy: Policy = "top1"
+    settings: Mapping[str, ExitSetting] = field(default_factory=dict)
+    final_temperature: float = 1.0
+    quantiles: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Step:
     """A stretch and the decision after it.
 
-    column: Which score is held against the threshold, -1 for the last stretch.
+    is_last: Whether the run ends here, whatever its scores. decides: Whether the policy looks at it.
+    times: What deadlines know of the stretch, the same for all that run it.
     """
 
     stretch: Stretch
     runner: Runner
     logits: str
     scores: str
-    column: int
+    is_last: bool
+    decides: bool
     threshold: float
     temperature: float
+    gate: tuple[float, ...]
+    quantile: float | None
     macs: int
     remaining_macs: int
+    times: StretchTimes
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """Everything that follows from a profile.
+    """Everything that follows from a rule.
 
     mask: The skip paths that are left out. exits: Names of those that are run. parameters: What their heads take.
-    profile: Its name, empty for a setup of no profile.
+    column: Which score is held against the thresholds as it is. score: What makes one where none is.
+    only: The one exit that is run, and taken; empty where the rule decides.
     """
 
     mask: Mask
     exits: tuple[str, ...]
     steps: tuple[_Step, ...]
     parameters: dict[str, Array]
-    profile: str = ""
+    rule: _Rule
+    column: int
+    score: Scorer | None
+    only: str = ""
+
+    def sureness(self, step: _Step, bound: Bound, state: State) -> tuple[float, State]:
+        """What the policy makes of a step that has run; NaN at an exit that its rule gives no gate."""
+        scores = bound.value(step.scores)
+        if self.score is None:
+            return scores.item(self.column), state
+        if not step.gate and self.rule.policy in ("gates", "jei"):
+            return math.nan, state
+        return self.score(scores, bound.value(step.logits), step.gate, state)
 
 
 class Session:
@@ -172,7 +228,10 @@ class Session:
         self._plain: dict[Mask, _Setup] = {}
         self._recorders: dict[Mask, _Setup] = {}
         self._runners: dict[Stretch, Runner] = {}
-        self._whole: dict[str, tuple[_Setup, _Setup]] = {}
+        self._whole: dict[tuple[str, str], tuple[_Setup, _Setup]] = {}
+        self._ending: dict[tuple[str, Mask, str], tuple[_Setup, _Setup]] = {}
+        self._times: dict[Stretch, StretchTimes] = {}
+        self._clock = time.perf_counter_ns
         self.use(profile)
 
     @classmethod
@@ -185,22 +244,23 @@ class Session:
         """What the network reads."""
         return self.artifact.manifest.input
 
-    def use(self, profile: str | None = None, *, budget_ms: float | None = None) -> None:
+    def use(self, profile: str | None = None, *, budget_ms: float | None = None, exit: str | None = None) -> None:  # noqa: A002
         """Switch to another profile, with its exits and its mask, between two calls; calls under way end with the one they began with.
 
         Args:
             profile: Its name; None means `default` if there is one; `none` is the whole network without exits.
             budget_ms: In place of a profile: the mask with the most accurate answers among those measured to take no longer,
                 no exit taken.
+            exit: Always answer at this exit, or at `final`, and run no other head. The profile's mask, temperatures and quantiles stay.
 
         Raises:
-            UnknownProfile: there is none of that name.
+            UnknownProfile: there is none of that name. PlanError: there is no such exit; the hint lists those there are.
             DataError: nothing was measured, or under other conditions, or every mask takes longer than the budget.
         """
         if budget_ms is not None:
             setup = self._plain_setup(self.artifact.plan.mask(self._mask_within(budget_ms)))
             with self._changing:
-                self._setup, self.profile_name = setup, None
+                self._setup, self.profile_name = setup if exit is None else self._ending_at(setup, exit), None
             return
         if profile is None and "default" in self.artifact.profiles:
             profile = "default"
@@ -208,34 +268,112 @@ class Session:
         if name is not None and name not in self._calibrated:
             self._calibrated.setdefault(name, self._make_setup(name, {}))
         setup = self._plain_setup(self.artifact.plan.mask(None)) if name is None else self._calibrated[name]
+        if exit is not None:
+            setup, name = self._ending_at(setup, exit), None
         with self._changing:
             self._setup, self.profile_name = setup, name
 
-    def run(self, x: Array, skip: str | Sequence[bool] | None = None) -> Answer:
+    def run(
+        self,
+        x: Array,
+        skip: str | Sequence[bool] | None = None,
+        *,
+        exit: str | None = None,  # noqa: A002
+        deadline_ms: float | None = None,
+    ) -> Answer:
         """Answer for one sample, stopping as soon as the profile allows.
 
         Args:
             skip: Skip paths to leave out this time, `0110` for instance (see `Plan.mask`); None is the profile's mask.
             x: Ready for the network, `shape` or `(1, *shape)`; or one picture, uint8 `(H, W, C)`, that the contract prepares.
+            exit: Answer at this exit, or at `final`, whatever the profile says, and run no other head.
+            deadline_ms: Answer within this time of the call: the best answer so far stands when the next stretch would not be done by
+                then, going by the longest of its last times. The profile may still stop earlier; with none, all exits are run. The first
+                exit is always computed. The first call that meets a stretch never measured measures: it goes through the network some
+                times and answers at its end, whatever the deadline.
 
         Raises:
-            DataError: wrong shape or dtype, NaN or infinity, in the input or in the network's answer.
-            PlanError: the mask is none of this network, or the profile's thresholds belong to another one.
+            DataError: wrong shape or dtype, NaN or infinity, in the input or in the network's answer; a deadline that is no time.
+            PlanError: the mask is none of this network, or the profile's thresholds belong to another one; there is no such exit.
         """
-        started = time.perf_counter_ns()
+        started = self._clock()
         if not (type(x) is np.ndarray and x.dtype == self._dtype and x.shape in self._one_sample and _is_finite(x)):
-            x = self._ready(x)
-            if x.shape[0] != 1:
-                raise DataError(f"run() takes one sample, and got {x.shape[0]}", "use run_batch()")
+            x = self._one(x)
         version = self.version
         setup = self._now(version) if skip is None else self._with_mask(skip, version)
+        if exit is not None:
+            setup = self._ending_at(setup, exit)
+        if deadline_ms is not None:
+            return self._run_within(deadline_ms, x, setup, version, started)
         bound = self._bound(setup, version)
         bound.set_input(x if x.ndim > self._dimensions else x[None])
-        for index, step in enumerate(setup.steps):
-            bound.step(index)
-            if step.column < 0 or bound.value(step.scores)[0, step.column] >= step.threshold:
-                break
+        score, column, state = setup.score, setup.column, BEFORE
+        if score is None:
+            for index, step in enumerate(setup.steps):
+                bound.step(index)
+                if step.is_last or bound.value(step.scores)[0, column] >= step.threshold:
+                    break
+        else:
+            for index, step in enumerate(setup.steps):
+                bound.step(index)
+                if step.is_last:
+                    break
+                sureness, state = score(bound.value(step.scores), bound.value(step.logits), step.gate, state)
+                if sureness >= step.threshold:
+                    break
         return self._answer(step, bound.value(step.logits)[0].copy(), started)
+
+    def _run_within(self, deadline_ms: float, x: Array, setup: _Setup, version: ExitsVersion, started: int) -> Answer:
+        """As `run`, with a deadline; `started` is when it began, in the clock's nanoseconds."""
+        if not (0 < deadline_ms < math.inf):
+            raise DataError(f"a deadline of {deadline_ms} ms is no time", "give milliseconds above 0")
+        setup = self._with_some_exit(setup)
+        bound = self._bound(setup, version)
+        bound.set_input(x if x.ndim > self._dimensions else x[None])
+        if not all(step.times.readings for step in setup.steps):
+            self._measure(setup, bound)
+            last = setup.steps[-1]
+            return self._answer(last, bound.value(last.logits)[0].copy(), started)
+        until, now, state = started + deadline_ms * 1e6, self._clock(), BEFORE
+        answering = setup.steps[0]
+        for index, step in enumerate(setup.steps):
+            if index and not step.times.fits(until - now):
+                break
+            bound.step(index)
+            bound.value(step.logits)  # waits for a GPU
+            answering, before, now = step, now, self._clock()
+            step.times.add(now - before)
+            if step.is_last:
+                break
+            sureness, state = setup.sureness(step, bound, state)
+            if sureness >= step.threshold:
+                break
+        return self._answer(answering, bound.value(answering.logits)[0].copy(), started)
+
+    def _measure(self, setup: _Setup, bound: Bound) -> None:
+        """Go through all steps, and note how long each takes once the engine is warm."""
+        for number in range(FIRST_PASSES):
+            for index, step in enumerate(setup.steps):
+                before = self._clock()
+                bound.step(index)
+                bound.value(step.logits)
+                if number:
+                    step.times.add(self._clock() - before)
+
+    def stream(self, *, hold: float | None = None, every: int = 30) -> Stream:
+        """Return what answers frames that follow each other in time, and keeps an answer while it still holds.
+
+        Args:
+            hold: Least similarity to the key frame at any exit, in [0, 1], at which its answer holds. None takes the thresholds of a
+                profile whose policy is `temporal`.
+            every: After so many held frames in a row, one is answered by the whole network.
+
+        Raises:
+            DataError: the similarity is none, or missing; less than one frame.
+        """
+        from exitify.runtime.stream import Stream
+
+        return Stream(self, hold, every)
 
     def trace(self, x: Array, *, to_end: bool = False) -> Trace:
         """Answer for one sample as `run` does, and keep what the exits on the way said.
@@ -247,7 +385,7 @@ class Session:
         Raises:
             DataError: as for `run`.
         """
-        started = time.perf_counter_ns()
+        started = self._clock()
         x = self._ready(x)
         if x.shape[0] != 1:
             raise DataError(f"trace() takes one sample, and got {x.shape[0]}", "give them one by one")
@@ -256,18 +394,19 @@ class Session:
         bound = self._bound(setup, version)
         bound.set_input(x)
         visits: list[Visit] = []
-        answer, full = None, None
+        answer, full, state = None, None, BEFORE
         for index, step in enumerate(setup.steps):
             bound.step(index)
             logits = bound.value(step.logits)[0].copy()
-            if step.column < 0:
+            if step.stretch.exit == FINAL:
                 full = logits
                 answer = answer or self._answer(step, logits, started)
                 continue
-            score = float(bound.value(step.scores)[0, step.column])
+            sureness, after = setup.sureness(step, bound, state)
+            state = after if step.decides else state
             features = bound.value(self.artifact.plan.exit(step.stretch.exit).features)[0].copy()
-            visits.append(Visit(step.stretch.exit, logits, features, score))
-            if answer is None and score >= step.threshold:
+            visits.append(Visit(step.stretch.exit, logits, features, float(sureness)))
+            if answer is None and (step.stretch.exit == setup.only or sureness >= step.threshold):
                 answer = self._answer(step, logits, started)
             if answer is not None and not to_end:
                 break
@@ -306,12 +445,12 @@ class Session:
                 raise DataError(f"{name!r} is {array.dtype} {array.shape}, and the head's {before.dtype} {before.shape}", "give it in that form")
             if not _is_finite(array):
                 raise DataError(f"{name!r} holds a number that is not finite", "an update went wrong: go back to an older state")
+        named = profile or self.profile_name
+        policy = self.artifact.profile(named).policy if named else "top1"
         for name, setting in (settings or {}).items():
             self.artifact.plan.exit(name)
-            if not (math.isfinite(setting.threshold) and LEAST_TEMPERATURE <= setting.temperature <= MOST_TEMPERATURE):
+            if setting_problem(setting, policy) or not LEAST_TEMPERATURE <= setting.temperature <= MOST_TEMPERATURE:
                 raise DataError(f"the exit {name!r} cannot decide by {setting}", "calibrate again")
-        if profile is not None:
-            self.artifact.profile(profile)
         fitting = {name: array if array.ctypes.data % ALIGNMENT == 0 else _aligned_copy(array) for name, array in (tensors or {}).items()}
         with self._changing:
             now, of = self.version, profile or self.profile_name
@@ -337,39 +476,55 @@ class Session:
             names = self.version.tensors
             self.version = ExitsVersion(self.version.number + 1, {name: self._heads[name] for name in names})
 
-    def run_batch(self, x: Array, skip: str | Sequence[bool] | None = None) -> list[Answer]:
+    def run_batch(self, x: Array, skip: str | Sequence[bool] | None = None, *, budget_macs: float | None = None) -> list[Answer]:
         """Answer for a batch; rows that have their answer are dropped from it where that pays.
 
         Args:
             x: `(N, *shape)`, or pictures, uint8 `(N, H, W, C)`.
             skip: As for `run`.
+            budget_macs: What an answer of this batch may cost on average, as a share of the whole network's multiply-adds. The rows that
+                the profile's score is surest of leave first, as many at each exit as the budget allows (`geometric_quotas`), and
+                thresholds do not matter: a row's answer depends on the others. With no profile all exits are run, and the score is
+                the largest probability, as it is for `temporal`.
 
         Raises:
-            DataError, PlanError: as for `run`.
+            DataError, PlanError: as for `run`; a budget below what the first exit costs.
         """
-        started = time.perf_counter_ns()
+        started = self._clock()
         values = {self.artifact.plan.input: self._ready(x)}
         version = self.version
         setup = self._now(version) if skip is None else self._with_mask(skip, version)
+        count = len(values[self.artifact.plan.input])
+        quotas = None
+        if budget_macs is not None:
+            setup = self._with_some_exit(setup)
+            quotas = geometric_quotas([step.macs / self.artifact.plan.full_macs for step in setup.steps], budget_macs, count)
         parameters = self._parameters(setup, version)
-        answers: list[Answer | None] = [None] * len(values[self.artifact.plan.input])
-        rows = np.arange(len(answers))
+        answers: list[Answer | None] = [None] * count
+        rows = np.arange(count)
+        open_rows = np.ones(count, bool)
+        history = History.empty(count)
         for index, step in enumerate(setup.steps):
             values.update(self._call(step, values, parameters))
             logits = values[step.logits]
-            leaves = np.ones(len(rows), bool) if step.column < 0 else values[step.scores][:, step.column] >= step.threshold
+            if step.is_last:
+                leaves = open_rows
+            else:
+                policy: Policy = "top1" if quotas and setup.rule.policy == "temporal" else setup.rule.policy
+                labels = logits.argmax(axis=1) if policy == "patience" else history.labels
+                sureness, history = score(policy, values[step.scores], labels, step.gate, history)
+                leaves = open_rows & (sureness >= step.threshold) if quotas is None else _surest(sureness, open_rows, quotas[index])
             for i in np.flatnonzero(leaves):
-                if answers[rows[i]] is None:
-                    answers[rows[i]] = self._answer(step, logits[i].copy(), started)
-            stays = np.array([answers[row] is None for row in rows])
-            if not stays.any():
+                answers[rows[i]] = self._answer(step, logits[i].copy(), started)
+            open_rows = open_rows & ~leaves
+            if not open_rows.any():
                 break
             needed = {name for later in setup.steps[index + 1 :] for name in later.stretch.inputs}
             values = {name: value for name, value in values.items() if name in needed}
-            copied = sum(value[:1].nbytes for value in values.values()) * int(stays.sum())
-            if int((~stays).sum()) * step.remaining_macs > copied * COPY_MACS_A_BYTE:
-                values = {name: value[stays] for name, value in values.items()}
-                rows = rows[stays]
+            copied = sum(value[:1].nbytes for value in values.values()) * int(open_rows.sum())
+            if int((~open_rows).sum()) * step.remaining_macs > copied * COPY_MACS_A_BYTE:
+                values = {name: value[open_rows] for name, value in values.items()}
+                rows, history, open_rows = rows[open_rows], history.rows(open_rows), open_rows[open_rows]
         return [answer for answer in answers if answer is not None]
 
     def record(self, x: Array, skip: str | Sequence[bool] | None = None) -> Recording:
@@ -389,25 +544,40 @@ class Session:
         """All exits, none taken."""
         if mask not in self._recorders:
             names = [point.name for point in self.artifact.plan.exits]
-            self._recorders[mask] = self._assemble(mask, names, {}, dict.fromkeys(names, np.inf), 0)
+            self._recorders[mask] = self._assemble(mask, names, _Rule())
         return self._recorders[mask]
 
+    def _with_some_exit(self, setup: _Setup) -> _Setup:
+        """The same, or all exits, none taken, where it is the network without a profile."""
+        return setup if setup.rule.profile or setup.only else self._everything(setup.mask)
+
     def _now(self, version: ExitsVersion) -> _Setup:
-        """The profile in use, as this version has it."""
+        """What is in use, as this version has it."""
         setup = self._setup
-        return version.setups.get(setup.profile, setup) if version.number else setup
+        changed = version.setups.get(setup.rule.profile) if version.number else None
+        if changed is None:
+            return setup
+        return self._ending_at(changed, setup.only) if setup.only else changed
 
     def _with_all_exits(self, setup: _Setup) -> _Setup:
         """The same with every other exit of the plan run too, and never taken."""
-        pair = self._whole.get(setup.profile)  # once: another thread may put a newer one there
+        key = setup.rule.profile, setup.only
+        pair = self._whole.get(key)  # once: another thread may put a newer one there
         if pair is None or pair[0] is not setup:
             names = [point.name for point in self.artifact.plan.exits]
-            known = {step.stretch.exit: step for step in setup.steps}
-            temperatures = {name: step.temperature for name, step in known.items()}
-            thresholds = {name: known[name].threshold if name in known else np.inf for name in names}
-            column = next((step.column for step in setup.steps if step.column >= 0), 0)
-            whole = self._assemble(setup.mask, names, temperatures, thresholds, column, setup.profile)
-            pair = self._whole[setup.profile] = setup, whole
+            pair = self._whole[key] = setup, replace(self._assemble(setup.mask, names, setup.rule), only=setup.only)
+        return pair[1]
+
+    def _ending_at(self, setup: _Setup, name: str) -> _Setup:
+        """The same under its mask, with this exit always taken and no other head run.
+
+        Raises:
+            PlanError: there is no such exit.
+        """
+        key = setup.rule.profile, setup.mask, name
+        pair = self._ending.get(key)
+        if pair is None or pair[0] is not setup:
+            pair = self._ending[key] = setup, self._assemble(setup.mask, [], setup.rule, only=name)
         return pair[1]
 
     def _with_mask(self, skip: str | Sequence[bool], version: ExitsVersion) -> _Setup:
@@ -415,12 +585,13 @@ class Session:
         mask, setup = self.artifact.plan.mask(skip), self._now(version)
         if mask == setup.mask:
             return setup
-        if setup.exits:
+        if setup.exits or (setup.only and setup.rule.profile):
             raise PlanError(
-                f"the profile {self.profile_name!r} was calibrated for the mask {mask_text(setup.mask)}, not {mask_text(mask)}",
+                f"the profile {setup.rule.profile!r} was calibrated for the mask {mask_text(setup.mask)}, not {mask_text(mask)}",
                 f"calibrate one for it (exitify calibrate --skip {mask_text(mask)}), or take no exit: profile none",
             )
-        return self._plain_setup(mask)
+        plain = self._plain_setup(mask)
+        return self._ending_at(plain, setup.only) if setup.only else plain
 
     def prepare(self, skip: str | Sequence[bool] | None) -> None:
         """Make ready for calls under this mask, which the first of them would do otherwise (a ResNet-50 takes 0.1 s on ONNX Runtime).
@@ -433,7 +604,7 @@ class Session:
     def _plain_setup(self, mask: Mask) -> _Setup:
         """The network under a mask, without exits."""
         if mask not in self._plain:
-            return self._plain.setdefault(mask, self._assemble(mask, [], {}, {}, 0))  # one of them, whoever comes first
+            return self._plain.setdefault(mask, self._assemble(mask, [], _Rule()))  # one of them, whoever comes first
         return self._plain[mask]
 
     def _mask_within(self, budget_ms: float) -> str:
@@ -461,39 +632,46 @@ class Session:
     def _make_setup(self, name: str, changes: Mapping[str, ExitSetting]) -> _Setup:
         """A profile's, with these settings in place of its own."""
         profile = self.artifact.profile(name)
-        exits = {**profile.exits, **changes}
-        temperatures = {FINAL: profile.final_temperature, **{exit_name: setting.temperature for exit_name, setting in exits.items()}}
-        thresholds = {exit_name: setting.threshold for exit_name, setting in exits.items()}
-        enabled = [point.name for point in self.artifact.plan.exits if exits[point.name].enabled]
-        mask = self.artifact.plan.mask(profile.skip)
-        return self._assemble(mask, enabled, temperatures, thresholds, SCORES.index(profile.policy), name)
+        quantiles = profile.conformal.quantiles if profile.conformal else {}
+        rule = _Rule(name, profile.policy, {**profile.exits, **changes}, profile.final_temperature, quantiles)
+        enabled = [point.name for point in self.artifact.plan.exits if rule.settings[point.name].enabled]
+        return self._assemble(self.artifact.plan.mask(profile.skip), enabled, rule)
 
-    def _assemble(
-        self, mask: Mask, enabled: list[str], temperatures: dict[str, float], thresholds: dict[str, float], column: int, profile: str = ""
-    ) -> _Setup:
+    def _assemble(self, mask: Mask, exits: Sequence[str], rule: _Rule, *, only: str = "") -> _Setup:
+        """What runs these exits under a rule, or `only` one, and nothing behind it."""
         plan = self.artifact.plan
-        stretches = plan.stretches(enabled, mask)
+        stretches = plan.stretches((only,) if only else exits, mask)
+        if only:
+            wanted = (plan.output,) if only == FINAL else (plan.exit(only).logits, plan.exit(only).features, plan.exit(only).scores)
+            stretches = (replace(stretches[0], outputs=wanted),)
         macs = np.cumsum([stretch.cost.macs for stretch in stretches])
-        steps = []
+        steps: list[_Step] = []
         for stretch, spent in zip(stretches, macs):
             point = None if stretch.exit == FINAL else plan.exit(stretch.exit)
+            setting = rule.settings.get(stretch.exit, _NO_SETTING)
             steps.append(
                 _Step(
                     stretch,
                     self._runner(stretch),
                     logits=plan.output if point is None else point.logits,
                     scores="" if point is None else point.scores,
-                    column=-1 if point is None else column,
-                    threshold=_as_float32(thresholds.get(stretch.exit, np.inf)),
-                    temperature=temperatures.get(stretch.exit, 1.0),
+                    is_last=len(steps) == len(stretches) - 1,
+                    decides=setting.enabled,
+                    threshold=_as_float32(setting.threshold) if setting.enabled else math.inf,
+                    temperature=rule.final_temperature if point is None else setting.temperature,
+                    gate=setting.gate,
+                    quantile=rule.quantiles.get(stretch.exit),
                     macs=int(spent),
                     remaining_macs=int(macs[-1] - spent),
+                    times=self._times.setdefault(stretch, StretchTimes()),
                 )
             )
         heads = {name: np.ascontiguousarray(array) for name, array in self._heads.items()}
-        heads.update({point.temperature: np.array(temperatures.get(point.name, 1.0), np.float32) for point in plan.exits})
+        heads.update({point.temperature: np.array(rule.settings.get(point.name, _NO_SETTING).temperature, np.float32) for point in plan.exits})
         parameters = {name: heads[name] for stretch in stretches for name in stretch.parameters}
-        return _Setup(mask, tuple(enabled), tuple(steps), parameters, profile)
+        made = scorer(rule.policy)
+        column = SCORES.index(rule.policy) if made is None else -1
+        return _Setup(mask, tuple(exits), tuple(steps), parameters, rule, column, made, only)
 
     def _runner(self, stretch: Stretch) -> Runner:
         """What runs a stretch, made once."""
@@ -505,7 +683,7 @@ class Session:
         """What heads take under this version."""
         if version.number == 0:
             return setup.parameters
-        own = version.of_profile.get(setup.profile, {})
+        own = version.of_profile.get(setup.rule.profile, {})
         return {name: own.get(name, version.tensors.get(name, array)) for name, array in setup.parameters.items()}
 
     def _call(self, step: _Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
@@ -519,9 +697,9 @@ class Session:
         if local.get("setup") is setup and local["number"] == version.number:
             bound: Bound = local["bound"]
             return bound
-        bounds: dict[tuple[Mask, tuple[str, ...]], Bound] = local.setdefault("bounds", {})  # setups of the same exits share one
-        given: dict[tuple[Mask, tuple[str, ...]], Mapping[str, Array]] = local.setdefault("given", {})
-        key = setup.mask, setup.exits
+        bounds: dict[_Key, Bound] = local.setdefault("bounds", {})  # setups of the same exits share one
+        given: dict[_Key, Mapping[str, Array]] = local.setdefault("given", {})
+        key = setup.mask, setup.exits, setup.only
         if key not in bounds:
             bounds[key] = self.engine.bind([step.stretch for step in setup.steps], setup.parameters)
             given[key] = setup.parameters
@@ -535,11 +713,18 @@ class Session:
         return bounds[key]
 
     def _answer(self, step: _Step, logits: Array, started: int) -> Answer:
-        ms = (time.perf_counter_ns() - started) / 1e6
+        ms = (self._clock() - started) / 1e6
         label = int(logits.argmax())  # of a NaN, if there is one
         if not math.isfinite(logits[label]):
             raise DataError(f"the network's answer is not finite at {step.stretch.exit}", "the input's values are far from any it was trained on")
-        return Answer(label, step.stretch.exit, logits, step.temperature, step.macs, ms, self._classes)
+        return Answer(label, step.stretch.exit, logits, step.temperature, step.macs, ms, self._classes, step.quantile)
+
+    def _one(self, x: Any) -> Array:
+        """One input as the network reads it, with its batch dimension."""
+        x = self._ready(x)
+        if x.shape[0] != 1:
+            raise DataError(f"run() takes one sample, and got {x.shape[0]}", "use run_batch()")
+        return np.asarray(x)
 
     def _ready(self, x: Any) -> Array:
         """The input as the network reads it, with its batch dimension."""
@@ -563,6 +748,19 @@ class Session:
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
             raise DataError(f"the input holds {x[at]} at {at}", "clean the input: the network's answer to it would mean nothing")
         return x
+
+
+_NO_SETTING = ExitSetting(False, math.inf, 1.0)
+"""Of an exit that no profile speaks of."""
+_Key = tuple[Mask, tuple[str, ...], str]
+
+
+def _surest(sureness: Array, among: Array, count: int) -> Array:
+    """Which `count` of these rows, a mask, have the largest scores; of equal ones the first, and last those whose score is no number."""
+    rows = np.flatnonzero(among)
+    chosen = np.zeros(len(among), bool)
+    chosen[rows[np.argsort(-sureness[rows], kind="stable")[:count]]] = True
+    return chosen
 
 
 def _aligned_copy(array: Array) -> Array:

@@ -15,10 +15,12 @@ from exitify.adapt.learner import Learner
 from exitify.adapt.review import Factory, Proposal, Ruling, propose
 from exitify.adapt.settings import Guards, Learning
 from exitify.adapt.update import Classifier, Sgd, softmax
+from exitify.artifact.manifest import ExitSetting
 from exitify.calibration.thresholds import NEVER
 from exitify.errors import DataError, StateError, UnknownProfile
 from exitify.plan import FINAL
 from exitify.runtime.session import Answer, Trace, Visit
+from tests import digits
 from tests.adapt.world import FEW, artifact, careful, device, population, stream
 from tests.artifacts import exported
 from tests.skipping import skipping
@@ -472,3 +474,12 @@ def test_heads_that_were_handed_out_are_never_written_to() -> None:
         assert all(np.array_equal(head.weight, weight) for head, weight in zip(heads, weights))
     own = artifact().classifiers()
     assert all(np.array_equal(head.weight, own[point.weight]) for head, point in zip(learner.factory.ruling.heads, artifact().plan.exits))
+
+
+@pytest.mark.parametrize("policy", ["entropy", "patience"])
+def test_a_profile_whose_scores_do_not_end_at_one_is_none_to_learn_under(policy: str) -> None:
+    artifact = digits.trained_artifact()
+    exits = {"exit1": ExitSetting(True, -0.5, 1.0), "exit2": ExitSetting(True, -0.5, 1.0)}
+    artifact = artifact.with_profile("other", replace(digits.profile(artifact, {}), policy=policy, exits=exits))  # type: ignore[arg-type]
+    with pytest.raises(StateError, match=f"decides by {policy}, and a device learns under top1, margin"):
+        Learner(artifact, "other")

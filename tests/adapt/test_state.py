@@ -183,7 +183,7 @@ def broken(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 CASES: dict[str, tuple[Callable[[Artifact], Callable[[dict[str, Any], dict[str, bytes]], object]], str]] = {
-    "a format of tomorrow": (lambda a: lambda d, f: d.update(format=2), "has format 2, and this release reads 1"),
+    "a format of tomorrow": (lambda a: lambda d, f: d.update(format=3), "has format 3, and this release reads 2"),
     "no format": (lambda a: lambda d, f: d.pop("format"), "has format None"),
     "another field": (lambda a: lambda d, f: d.update(code="import os"), "is no whole state: .*code"),
     "a field of another type": (lambda a: lambda d, f: d.update(updates="many"), "updates is 'many', not an integer"),

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -32,7 +32,7 @@ from exitify.artifact.artifact import (
     model_id,
     parse_artifact,
 )
-from exitify.artifact.manifest import Preprocess
+from exitify.artifact.manifest import Conformal, Policy, Preprocess, Profile
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import AlteredFile, ArtifactError, ExitifyError, RecordError, UnknownProfile
 from exitify.files import NotWritten
@@ -210,16 +210,16 @@ def test_a_flipped_byte_is_found_when_the_container_was_written_anew(artifact):
 
 @pytest.mark.parametrize(
     ("version", "shown"),
-    [(3, "3"), (5, "5"), (0, "0"), (-1, "-1"), ("4", "'4'"), (True, "True"), (4.0, r"4\.0"), (None, "None"), ([4], r"\[4\]"), ("9" * 100, "'9{39}")],
+    [(4, "4"), (6, "6"), (0, "0"), (-1, "-1"), ("5", "'5'"), (True, "True"), (5.0, r"5\.0"), (None, "None"), ([5], r"\[5\]"), ("9" * 100, "'9{39}")],
 )
 def test_an_unknown_format_is_refused_with_both_numbers(artifact, version, shown):
-    with refused("format is 4", match=f"has format {shown}, and this release reads 4$|has format {shown}, and this release reads 4\n"):
+    with refused("format is 5", match=f"has format {shown}, and this release reads 5$|has format {shown}, and this release reads 5\n"):
         parse_artifact(with_document(artifact, lambda document: document.update(format=version)))
 
 
 def test_a_manifest_without_a_format_is_refused(artifact):
     for text in (b"{}", b"[]", b"1", b'"manifest"', b"null"):
-        with refused("format is 4", match="has format None, and this release reads 4"):
+        with refused("format is 5", match="has format None, and this release reads 5"):
             parse_artifact(packed({**files_of(artifact), MANIFEST: text}))
 
 
@@ -306,7 +306,7 @@ def test_a_file_that_is_not_listed_is_refused(artifact):
 
 def test_a_file_that_the_format_does_not_know_is_refused_though_listed(artifact):
     for path in ("notes.txt", "model/trunk_exit3.onnx", "profiles/deep/er.json", "profiles/default.txt", "model/weights.bin"):
-        with refused("every file there is one that this format knows", match=f"holds '{path}', which format 4 does not know"):
+        with refused("every file there is one that this format knows", match=f"holds '{path}', which format 5 does not know"):
             reopened(build_artifact(artifact.manifest, {**artifact.files, path: b"{}"}))
 
 
@@ -627,7 +627,7 @@ def with_profile_text(artifact: Artifact, edit: Callable[[Any], object]) -> byte
     [
         (lambda d: d.update(surprise=1), r"profiles/default\.json has an unknown field 'surprise'"),
         (lambda d: d.pop("promise"), r"profiles/default\.json lacks the field 'promise'"),
-        (lambda d: d.update(policy="entropy"), r"profiles/default\.json\.policy is 'entropy', not one of top1, margin"),
+        (lambda d: d.update(policy="hope"), r"profiles/default\.json\.policy is 'hope', not one of top1, entropy, margin"),
         (lambda d: d["exits"]["exit1"].update(threshold="high"), r"exits\.exit1\.threshold is 'high', not a finite number"),
         (lambda d: d["exits"]["exit1"].update(threshold=1e301), r"exits\.exit1\.threshold is 1e\+301, not a finite number"),
         (lambda d: d["exits"]["exit1"].update(enabled=1), r"exits\.exit1\.enabled is 1, not true or false"),
@@ -666,6 +666,74 @@ def test_temperatures_that_say_nothing_are_refused(artifact, temperature):
         parse_artifact(with_profile_text(artifact, lambda d: d.update(final_temperature=temperature)))
     with refused(clause, match="profile 'default' has a temperature of"):
         parse_artifact(with_profile_text(artifact, lambda d: d["exits"]["exit2"].update(temperature=temperature)))
+
+
+GATE = (1.0, -2.0, 0.5, 0.25, -0.125)
+QUANTILES = {"exit1": 0.0, "exit2": 0.75, "final": 1.0}
+
+
+def with_everything(artifact: Artifact, policy: str = "jei") -> Profile:
+    """A profile that has all a profile can have."""
+    plain = profile_for(artifact, {"exit1": 0.5, "exit2": 0.25}, policy=policy)
+    gated = {name: replace(setting, gate=GATE) for name, setting in plain.exits.items()}
+    return replace(plain, exits=gated, conformal=Conformal(0.1, "strict", QUANTILES, 500))
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_a_profile_of_every_policy_comes_back(artifact, policy):
+    profile = with_everything(artifact, policy)
+    assert reopened(artifact.with_profile("default", profile)).profile("default") == profile
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d["exits"]["exit2"].update(gate=[1.0] * 4), "has a gate of 4 numbers, not of 5 finite ones, at exit2"),
+        (lambda d: d["exits"]["exit2"].update(gate=[1.0] * 6), "has a gate of 6 numbers"),
+        (lambda d: d["exits"]["exit1"].update(gate=[]), "has the policy jei and no gate at exit1"),
+        (lambda d: (d.update(policy="gates"), d["exits"]["exit2"].update(gate=[])), "has the policy gates and no gate at exit2"),
+    ],
+)
+def test_an_exit_that_decides_by_a_gate_has_one(artifact, edit, message):
+    changed = artifact.with_profile("default", with_everything(artifact))
+    with refused("a gate has five numbers or none, and five at each enabled exit where the policy is gates or jei", match=message):
+        parse_artifact(with_profile_text(changed, edit))
+
+
+def test_where_no_exit_decides_by_a_gate_none_is_needed(artifact):
+    profile = with_everything(artifact)
+    off = replace(profile.exits["exit1"], enabled=False, gate=())
+    assert reopened(artifact.with_profile("default", replace(profile, exits={**profile.exits, "exit1": off}))).profiles
+    bare = {name: replace(setting, gate=()) for name, setting in profile.exits.items()}
+    assert reopened(artifact.with_profile("default", replace(profile, policy="patience", exits=bare))).profiles
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(alpha=0.0), "has sets for alpha 0.0 from 500 samples"),
+        (lambda c: c.update(alpha=1.0), "has sets for alpha 1.0 from 500 samples"),
+        (lambda c: c.update(samples=0), "has sets for alpha 0.1 from 0 samples"),
+        (lambda c: c["quantiles"].pop("final"), "has quantiles for exit1, exit2, not for each exit and final"),
+        (lambda c: c["quantiles"].update(exit3=0.5), "has quantiles for exit1, exit2, final, exit3, not for"),
+        (lambda c: c["quantiles"].update(exit1=-0.1), "has a quantile of -0.1 at exit1, not one from 0 to 1"),
+        (lambda c: c["quantiles"].update(final=1.1), "has a quantile of 1.1 at final"),
+    ],
+)
+def test_quantiles_that_make_no_sets_are_refused(artifact, edit, message):
+    changed = artifact.with_profile("default", with_everything(artifact))
+    clause = "alpha is above 0 and below 1, samples above 0, and there is a quantile from 0 to 1 for each exit and final and no other"
+    with refused(clause, match=message):
+        parse_artifact(with_profile_text(changed, lambda d: edit(d["conformal"])))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_profile_with_a_number_that_cannot_be_written_is_refused_by_name(artifact, number):
+    profile = with_everything(artifact)
+    for changes, message in (({"threshold": number}, "a threshold of"), ({"gate": (*GATE[:4], number)}, "a gate of 5 numbers")):
+        exits = {**profile.exits, "exit2": replace(profile.exits["exit2"], **changes)}
+        with pytest.raises(ArtifactError, match=f"profile 'wrong' has {message}.* at exit2\n  hint: calibrate again"):
+            artifact.with_profile("wrong", replace(profile, exits=exits))
 
 
 def test_an_unknown_profile_is_refused_with_those_there_are(artifact):
@@ -881,14 +949,17 @@ def test_a_manifest_that_is_any_json_is_refused(artifact, document):
         parse_artifact(packed({**files_of(artifact), MANIFEST: json.dumps(document).encode()}))
 
 
-@settings(max_examples=100)
-@given(st.integers(0, 10**6), json_values)
-def test_any_other_profile_is_refused_or_runs(artifact, place, anything):
+@settings(max_examples=200)
+@given(st.sampled_from(get_args(Policy)), st.integers(0, 10**6), st.one_of(json_values, st.floats(-1e300, 1e300)))
+def test_any_other_profile_is_refused_or_runs(artifact, policy, place, anything):
+    artifact = artifact.with_profile("default", with_everything(artifact, policy))
     paths = [path for path in subtrees(json.loads(dumps(artifact.profile("default")))) if path]
     *owner, last = paths[place % len(paths)]
     opened = opened_or_none(with_profile_text(artifact, lambda root: at(root, owner).__setitem__(last, anything)))
     if opened is not None:
-        assert Session(opened).run(inputs(1)).exit in opened.plan.exit_names
+        answer = Session(opened).run(inputs(1))
+        assert answer.exit in opened.plan.exit_names
+        assert set(answer.prediction_set or ()) <= set(range(opened.plan.classes))
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4), st.floats(0, 1), st.binary(max_size=10))
@@ -925,10 +996,10 @@ def test_every_error_of_the_artifact_answers_a_clause():
 def test_the_fields_in_the_specification_are_those_of_the_records(artifact):
     text = (Path(container.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
     document = json.loads(dumps(replace(artifact.manifest, input=replace(artifact.manifest.input, preprocess=Preprocess()))))
-    profile = json.loads(dumps(artifact.profile("default")))
+    profile = json.loads(dumps(with_everything(artifact)))
     point, segment = document["plan"]["exits"][0], document["plan"]["segments"][0]
     records = [document, document["input"], document["input"]["preprocess"], document["plan"], point, point["head"], segment, segment["cost"]]
-    for record in [*records, document["model"], profile, profile["promise"], profile["exits"]["exit1"]]:
+    for record in [*records, document["model"], profile, profile["promise"], profile["exits"]["exit1"], profile["conformal"]]:
         for field in record:
             assert any(mark in text for mark in (f"{field}`", f"`{field}.", f".{field}.")), field
 

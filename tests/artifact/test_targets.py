@@ -195,7 +195,7 @@ def test_a_target_without_one_of_its_files_is_refused(artifact: Artifact, name: 
     "path", ["targets/host/evil.so", "targets/library.so", "targets/host/deep/library.so", "targets/host/library.so.1", "target/host/library.so"]
 )
 def test_another_file_among_the_targets_is_refused(artifact: Artifact, path: str) -> None:
-    with refused(KNOWN, match=f"holds '{path}', which format 4 does not know"):
+    with refused(KNOWN, match=f"holds '{path}', which format 5 does not know"):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: LIBRARY}))
 
 

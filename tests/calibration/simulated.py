@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from exitify.calibration.calibrate import Outputs, Settings, confidence_of
+from exitify.artifact.manifest import Policy
+from exitify.calibration.calibrate import Gates, Outputs, Settings
 from exitify.calibration.thresholds import NEVER, exits_taken
 from exitify.plan import SCORES, Cost, ExitPoint, HeadSpec, Plan, Segment, Value
 
@@ -49,10 +50,9 @@ def population(seed: int, samples: int, skills: tuple[float, ...] = (1.6, 2.4, 3
     return Outputs(1.5 * logits.astype(np.float32), labels.astype(np.int64), "simulated")
 
 
-def taken(outputs: Outputs, settings: Settings, policy: str = "top1") -> np.ndarray:
+def taken(outputs: Outputs, settings: Settings, policy: Policy = "top1", gates: Gates = ()) -> np.ndarray:
     """Which exit each sample leaves at, the network's own the last number."""
-    confidence = [confidence_of(logits / t, policy) for logits, t in zip(outputs.logits, settings.temperatures, strict=True)]
-    return exits_taken(np.stack(confidence[:-1]), settings.thresholds)
+    return exits_taken(outputs.confidence(settings.temperatures, policy, gates), settings.thresholds)
 
 
 def drop(outputs: Outputs, settings: Settings) -> float:

@@ -9,25 +9,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exitify.artifact.manifest import ExitSetting
+from exitify.artifact.manifest import ExitSetting, Policy
 from exitify.artifact.memory import MEMORY_FILE
 from exitify.calibration import calibrate as calibration
-from exitify.calibration.bounds import samples_needed
+from exitify.calibration.bounds import BOUNDS, Bound, mean_bound, samples_needed
 from exitify.calibration.calibrate import (
     Outputs,
     Settings,
     calibrate,
-    confidence_of,
+    cross_fit,
+    excess_error,
     looks_memorised,
     record_outputs,
+    recorded_outputs,
     settle_budget,
     settle_max_drop,
     settle_risk,
 )
-from exitify.calibration.thresholds import NEVER
+from exitify.calibration.exit_search import Limit, least_costs, lower_bound
+from exitify.calibration.risk import RISKS
+from exitify.calibration.temperature import calibration_errors
+from exitify.calibration.thresholds import NEVER, judge
 from exitify.errors import CalibrationError, ExitifyError
 from exitify.plan import FINAL
-from exitify.runtime.session import Session
+from exitify.runtime.session import Recording, Session
 from tests import digits
 from tests.calibration.simulated import PLAN, disagreement, drop, mean_macs, plan, population, taken
 
@@ -209,7 +214,7 @@ def test_a_risk_is_tested_in_order_until_one_step_fails(everyone: Outputs, monke
         ([everybody, sure], nobody),
         ([sure, nobody], sure),
     ):
-        monkeypatch.setattr(calibration, "stricter_first", lambda steps: steps)
+        monkeypatch.setattr(calibration, "stricter_first", lambda steps, _highest: steps)
         monkeypatch.setattr(calibration, "price_path", lambda _recorded, steps=path: iter(steps))
         assert settle_risk(outputs, PLAN, RATE, CONFIDENCE).thresholds.tolist() == chosen.tolist()
 
@@ -221,6 +226,198 @@ def test_too_few_samples_for_a_risk_are_refused_with_the_number_that_is_enough(e
         settle_risk(draw(everyone, 0, 247), PLAN, 0.02, 0.95)
     assert f"at least {enough}" in caught.value.hint
     assert settle_risk(draw(everyone, 0, enough), PLAN, 0.02, 0.95).promise.kept
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_each_bound_keeps_a_risk_as_often_as_it_says(everyone: Outputs, bound: Bound) -> None:
+    settings = [settle_risk(draw(everyone, seed, 400), PLAN, RATE, CONFIDENCE, bound=bound, seed=seed) for seed in range(60)]
+    held = [disagreement(everyone, s) <= RATE for s in settings]
+    assert np.mean(held) >= 0.9  # 95 % or more; of 60 draws a standard error is 2.8 %
+    assert np.mean([mean_macs(everyone, s) for s in settings]) < 0.98
+    assert f"by the {bound} bound" in next(s for s in settings if s.promise.mean_macs_share < 1).promise.note
+
+
+def test_of_disagreement_clopper_pearson_stops_earliest_and_is_the_default(everyone: Outputs) -> None:
+    macs: dict[str, list[float]] = {bound: [] for bound in BOUNDS}
+    for seed in range(20):
+        outputs = draw(everyone, seed, 400)
+        for bound, found in macs.items():
+            found.append(settle_risk(outputs, PLAN, RATE, CONFIDENCE, bound=bound, seed=seed).promise.mean_macs_share)  # type: ignore[arg-type]
+        assert macs["clopper-pearson"][-1] <= macs["bentkus"][-1] + 0.01  # whatever Bentkus proves of coins it proves too
+        assert settle_risk(outputs, PLAN, RATE, CONFIDENCE, seed=seed).promise.mean_macs_share == macs["clopper-pearson"][-1]
+    assert np.mean(macs["clopper-pearson"]) < min(np.mean(macs["bentkus"]), np.mean(macs["betting"]))
+
+
+def test_a_risk_of_accuracy_holds_as_often_as_its_confidence(everyone: Outputs) -> None:
+    settings = [settle_risk(draw(everyone, seed, 300), PLAN, RATE, CONFIDENCE, risk_of="accuracy", seed=seed) for seed in range(100)]
+    assert np.mean([drop(everyone, s) <= RATE for s in settings]) >= 0.9
+    assert np.mean([mean_macs(everyone, s) for s in settings]) < 0.95
+
+
+def test_a_risk_of_accuracy_stops_earlier_than_one_of_disagreement(everyone: Outputs) -> None:
+    """Where the network is wrong, another answer costs nothing."""
+    promises = {}
+    for risk_of in RISKS:
+        settled = [settle_risk(draw(everyone, seed, 1000), PLAN, RATE, CONFIDENCE, risk_of=risk_of, seed=seed) for seed in range(5)]
+        promises[risk_of] = [settings.promise for settings in settled]
+    macs = {risk_of: np.mean([promise.mean_macs_share for promise in made]) for risk_of, made in promises.items()}
+    assert macs["accuracy"] < macs["disagreement"] - 0.02
+    for promise in promises["accuracy"]:
+        assert promise.full_accuracy - promise.accuracy < RATE
+        assert (promise.kind, promise.limit, promise.confidence) == ("max-drop", RATE, CONFIDENCE)  # a drop, and proven
+        assert "at most 5 % of accuracy lost at 0.95, proven on 600 of the samples by the betting bound" in promise.note
+    assert all((promise.kind, promise.confidence) == ("risk", CONFIDENCE) for promise in promises["disagreement"])
+
+
+def test_clopper_pearson_is_refused_by_name_for_accuracy(everyone: Outputs) -> None:
+    with pytest.raises(CalibrationError, match="the Clopper-Pearson bound is one on how often something happens") as caught:
+        settle_risk(draw(everyone, 0, 1000), PLAN, RATE, CONFIDENCE, risk_of="accuracy", bound="clopper-pearson")
+    assert "--bound betting" in caught.value.hint
+
+
+@pytest.mark.parametrize("bound", ["bentkus", "betting"])
+def test_a_bound_says_how_many_samples_it_needs_for_accuracy(everyone: Outputs, bound: Bound) -> None:
+    needed = samples_needed(RATE, CONFIDENCE, bound, least=-1.0)
+    assert needed == pytest.approx({"bentkus": 1800, "betting": 80}[bound], rel=0.03)
+    enough = math.ceil(needed / 0.6)
+    with pytest.raises(CalibrationError, match=rf"drop of accuracy of at most 0\.05 at 0\.95 by the {bound} bound") as caught:
+        settle_risk(draw(everyone, 0, enough - 2), PLAN, RATE, CONFIDENCE, risk_of="accuracy", bound=bound)
+    assert f"give at least {enough}; the smallest rate that these could prove is 0.05" in caught.value.hint
+    assert settle_risk(draw(everyone, 0, enough), PLAN, RATE, CONFIDENCE, risk_of="accuracy", bound=bound).promise.kept
+
+
+def test_the_smallest_rate_that_could_be_proven_can_be_asked_for(everyone: Outputs) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        settle_risk(draw(everyone, 0, 100), PLAN, 0.02, CONFIDENCE)
+    smallest = float(caught.value.hint.split()[-1])
+    assert 0.04 < smallest < 0.06  # three in sixty
+    assert settle_risk(draw(everyone, 0, 100), PLAN, smallest, CONFIDENCE).promise.kept
+
+
+def test_a_risk_that_no_exit_keeps_says_the_smallest_that_is_proven() -> None:
+    """Exits that are sure and wrong: even the strictest thresholds let some of them go."""
+    outputs = population(1, 2000, skills=(1.6, 2.4, 3.4))
+    logits = outputs.logits.copy()
+    wrong = np.random.default_rng(0).random(2000) < 0.02
+    logits[:2, wrong] = 0.0
+    logits[:2, wrong, (outputs.labels[wrong] + 1) % 10] = 15.0
+    settings = settle_risk(Outputs(logits, outputs.labels), PLAN, 0.01, 0.95)
+    assert settings.thresholds.tolist() == [NEVER, NEVER]
+    assert settings.promise.kept  # the full network differs from itself nowhere
+    assert settings.promise.note.startswith("No exit could be proven to keep this promise on these samples: the full network runs.")
+    proven = float(settings.promise.note.split(" is ")[1].split(" %")[0]) / 100
+    assert 0.01 < proven < 0.1
+    asked = math.ceil(proven * 1e4) / 1e4
+    assert (settle_risk(Outputs(logits, outputs.labels), PLAN, asked, 0.95).thresholds < NEVER).any()
+
+
+def test_the_smallest_rate_is_the_bound_of_the_first_setting(everyone: Outputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = draw(everyone, 0, 500)
+    monkeypatch.setattr(calibration, "stricter_first", lambda steps, _highest: iter([np.array([0.0, 0.0]), np.array([0.97, 0.97])]))
+    note = settle_risk(outputs, PLAN, RATE, CONFIDENCE).promise.note
+    test = outputs.select(np.random.default_rng(0).permutation(500)[200:])
+    answers = test.logits.argmax(axis=2)
+    bound = mean_bound(answers[0] != answers[-1], "clopper-pearson", confidence=CONFIDENCE)
+    assert f"The smallest rate that these samples prove at 0.95 is {math.ceil(bound * 1e4) / 100:.4g} %." in note
+
+
+# --- how far a search is from the best
+
+
+def test_a_note_names_a_bound_that_no_thresholds_undercut_and_the_gap(everyone: Outputs) -> None:
+    outputs = draw(everyone, 0, 500)
+    for settings in (settle_max_drop(outputs, PLAN, 0.05), settle_budget(outputs, PLAN, 0.6)):
+        recorded = recorded_outputs(outputs, settings.temperatures, PLAN, "top1", excess_error(outputs, settings.temperatures))
+        loss, cost = judge(recorded, settings.thresholds)
+        bound = lower_bound(recorded, Limit(loss=loss))
+        assert 0 < bound <= cost
+        gap = f"they cost {cost:.3f}, boundaries priced; none that lose as little cost less than {bound:.3f} (gap {1 - bound / cost:.0%})."
+        assert gap in settings.promise.note
+
+
+def test_every_step_of_a_path_is_above_its_bound(everyone: Outputs) -> None:
+    _, held_out, _ = cross_fit(draw(everyone, 0, 400), PLAN, "top1", 0)
+    assert np.all(held_out.bound <= held_out.own_cost + 1e-9)
+    assert held_out.bound[0] > 0.3
+
+
+def test_bounds_of_many_losses_are_those_of_each(everyone: Outputs) -> None:
+    outputs = draw(everyone, 0, 200)
+    recorded = recorded_outputs(outputs, np.ones(3), PLAN, "top1", excess_error(outputs, np.ones(3)))
+    losses = np.array([-0.1, 0.0, 0.02, 0.3])
+    assert least_costs(recorded, losses).tolist() == pytest.approx([lower_bound(recorded, Limit(loss=loss)) for loss in losses])
+
+
+def test_where_no_exit_is_on_there_is_no_gap(everyone: Outputs) -> None:
+    assert "gap" not in settle_max_drop(population(1, 600, skills=(0.0, 0.0, 6.0)), PLAN, 0.0).promise.note
+
+
+# --- policies
+
+ALIKE = [(4.0, -2.0, 1.0, 0.5, -2.5), (3.0, -1.0, 2.0, -0.5, -2.0)]
+
+
+@pytest.mark.parametrize("policy", ["entropy", "renyi_entropy", "gates"])
+def test_policies_with_a_threshold_an_exit_keep_promises(everyone: Outputs, policy: Policy) -> None:
+    gates = ALIKE if policy == "gates" else ()
+    outputs = draw(everyone, 0, 800)
+    for settings in (
+        settle_max_drop(outputs, PLAN, 0.03, policy=policy, gates=gates),
+        settle_budget(outputs, PLAN, 0.6, policy=policy, gates=gates),
+        settle_risk(outputs, PLAN, RATE, CONFIDENCE, policy=policy, gates=gates),
+    ):
+        assert settings.promise.kept
+        leaves = taken(everyone, settings, policy, gates)
+        assert 0.1 < (leaves < 2).mean() < 1
+        right = everyone.logits.argmax(axis=2) == everyone.labels
+        lost = (right[-1] * 1.0 - right[leaves, np.arange(EVERYONE)]).mean()
+        assert lost < 0.2
+        assert abs(lost - (settings.promise.full_accuracy - settings.promise.accuracy)) < 0.03
+
+
+def test_patience_has_one_number_for_all_and_runs_every_exit() -> None:
+    network = plan(10, 30, 50, 70)
+    outputs = population(3, 1500, skills=(1.8, 2.4, 2.8, 3.2, 3.4))
+    settings = settle_budget(outputs, network, 0.6, policy="patience")
+    assert len(set(settings.thresholds)) == 1
+    assert settings.thresholds[0] in (1.0, 2.0, 3.0, 4.0)
+    leaves = taken(outputs, settings, "patience")
+    answers = outputs.logits.argmax(axis=2)
+    for sample in range(100):
+        row, expected = 0, 4
+        for k in range(4):
+            row = row + 1 if k and answers[k, sample] == answers[k - 1, sample] else 1
+            if row >= settings.thresholds[0]:
+                expected = k
+                break
+        assert leaves[sample] == expected
+    stricter = settle_max_drop(outputs, network, 0.001, policy="patience")
+    assert stricter.promise.mean_macs_share >= settings.promise.mean_macs_share
+
+
+def test_patience_that_saves_nothing_is_called_so() -> None:
+    """Two exits that hardly agree: both heads would be run for nothing."""
+    settings = settle_max_drop(population(3, 800, skills=(0.0, 0.0, 3.4)), PLAN, 0.001, policy="patience")
+    assert settings.thresholds.tolist() == [NEVER, NEVER]
+    assert "No exit pays" in settings.promise.note
+
+
+def test_jei_has_one_threshold_for_all_between_0_and_1(everyone: Outputs) -> None:
+    outputs = draw(everyone, 0, 800)
+    settings = settle_budget(outputs, PLAN, 0.6, policy="jei", gates=ALIKE)
+    assert len(set(settings.thresholds)) == 1
+    assert round(settings.thresholds[0] * 60) == pytest.approx(settings.thresholds[0] * 60)
+    assert settings.promise.kept
+
+
+@pytest.mark.parametrize("policy", ["gates", "jei"])
+def test_gates_read_scores_at_the_temperature_they_were_learned_at(everyone: Outputs, policy: Policy) -> None:
+    settings = settle_budget(draw(everyone, 0, 500), PLAN, 0.6, policy=policy, gates=ALIKE)
+    assert settings.temperatures[:2].tolist() == [1.0, 1.0]
+    assert settings.temperatures[2] != 1.0
+    assert settings.errors is not None
+    assert settings.errors[0, 0] == settings.errors[0, 1]
+    assert settings.errors[2, 0] != settings.errors[2, 1]
 
 
 # --- memorised samples
@@ -267,11 +464,24 @@ def test_calibration_warns_of_memorised_samples_and_writes_it_down(monkeypatch: 
 
 # --- with an artifact
 
+GATES = {"exit1": (4.0, -2.0, 1.0, 0.5, -2.5), "exit2": (3.0, -1.0, 2.0, -0.5, -2.0)}
+
 
 @pytest.mark.parametrize(
     "asked",
-    [{"max_drop": 0.01}, {"budget_macs": 0.5}, {"risk": (0.05, 0.95)}, {"max_drop": 0.01, "policy": "margin"}],
-    ids=lambda asked: "+".join(asked),
+    [
+        {"max_drop": 0.01},
+        {"budget_macs": 0.5},
+        {"budget_macs": 0.5, "search": "quotas"},
+        {"risk": (0.05, 0.95)},
+        {"risk": (0.05, 0.95), "risk_of": "accuracy", "policy": "entropy"},
+        {"max_drop": 0.01, "policy": "margin"},
+        {"max_drop": 0.01, "policy": "renyi_entropy"},
+        {"budget_macs": 0.7, "policy": "patience"},
+        {"max_drop": 0.02, "policy": "gates", "gates": GATES},
+        {"max_drop": 0.02, "policy": "jei", "gates": GATES},
+    ],
+    ids=lambda asked: "+".join([*asked, str(asked.get("policy", ""))]),
 )
 def test_the_runtime_takes_the_exits_that_calibration_foresaw(asked: dict[str, object]) -> None:
     artifact, samples = digits.trained_artifact(), digits.samples_of("test")
@@ -284,12 +494,18 @@ def test_the_runtime_takes_the_exits_that_calibration_foresaw(asked: dict[str, o
         np.array([*(setting.temperature for setting in made.exits.values()), made.final_temperature]),
         made.promise,
     )
-    foreseen = np.array(artifact.plan.exit_names)[taken(outputs, settings, made.policy)]
+    gates = [setting.gate for setting in made.exits.values()]
+    foreseen = np.array(artifact.plan.exit_names)[taken(outputs, settings, made.policy, gates)]
+    assert len(set(foreseen)) > 1
     session = Session(calibrated)
     answers = [session.run(x) for x in samples.inputs(slice(0, 100))]
     # The device works in float32: only where a score all but equals its threshold may it decide otherwise.
-    scores = [confidence_of(logits / t, made.policy) for logits, t in zip(outputs.logits[:-1], settings.temperatures, strict=False)]
-    close = np.any([abs(score - threshold) < 1e-5 for score, threshold in zip(scores, settings.thresholds, strict=True)], axis=0)[:100]
+    scores = outputs.confidence(settings.temperatures, made.policy, gates)
+    close = (
+        made.policy != "patience"
+        and np.any([abs(score - threshold) < 1e-5 for score, threshold in zip(scores, settings.thresholds, strict=True)], axis=0)[:100]
+    )
+    close = np.broadcast_to(close, 100)
     assert close.sum() <= 2
     assert [answer.exit for answer, is_close in zip(answers, close, strict=True) if not is_close] == foreseen[:100][~close].tolist()
 
@@ -344,6 +560,49 @@ def test_calibrating_changes_nothing_but_the_profile_and_the_memory() -> None:
     assert all(np.array_equal(memory.features[name], expected.features[name]) for name in memory.features)
 
 
+def test_gates_come_from_the_heads_training_where_none_are_given() -> None:
+    artifact, samples = digits.trained_artifact(), digits.samples_of("calibration")
+    with pytest.raises(CalibrationError, match="the policy gates needs learned gates, and the artifact has none"):
+        calibrate(artifact, samples, max_drop=0.02, policy="gates")
+    with_gates = replace(artifact, manifest=replace(artifact.manifest, gates=GATES))
+    made = calibrate(with_gates, samples, max_drop=0.02, policy="gates").profile("default")
+    assert {name: setting.gate for name, setting in made.exits.items()} == GATES
+    assert made == calibrate(artifact, samples, max_drop=0.02, policy="gates", gates=GATES).profile("default")
+
+
+@pytest.mark.parametrize("gates", [{"exit1": GATES["exit1"]}, {**GATES, "exit2": (1.0, 2.0)}, {**GATES, "exit2": (1.0, 2.0, 3.0, 4.0, math.inf)}])
+def test_gates_that_do_not_fit_are_refused(gates: dict[str, tuple[float, ...]]) -> None:
+    with pytest.raises(CalibrationError, match=r"the gate of exit2 is .*, not 5 finite numbers"):
+        calibrate(digits.trained_artifact(), digits.samples_of("calibration"), max_drop=0.02, policy="jei", gates=gates)
+
+
+def test_a_profile_says_how_far_probabilities_are_off_without_and_with_temperatures() -> None:
+    artifact, samples = digits.trained_artifact(), digits.samples_of("calibration")
+    note = calibrate(artifact, samples, max_drop=0.01).profile("default").promise.note
+    outputs = record_outputs(artifact, samples)
+    errors = calibration_errors(outputs.logits, outputs.labels)
+    for name, (before, after) in zip(("exit1", "exit2", "final"), errors, strict=True):
+        assert after < before
+        assert f"{name} {before:.3f}, {after:.3f}" in note
+
+
+def test_a_diverging_temperature_is_warned_about_by_its_exit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    outputs = population(1, len(digits.samples_of("calibration")))
+    logits = outputs.logits.copy()
+    logits[0] = 5.0 * np.eye(10, dtype=np.float32)[outputs.labels]  # always right
+    logits[1] = np.random.default_rng(0).normal(0, 9.0, logits[1].shape)  # knows nothing, and is sure of it
+    monkeypatch.setattr(calibration, "record_outputs", lambda *_, **__: Outputs(logits, outputs.labels))
+    with caplog.at_level(logging.WARNING):
+        made = calibrate(digits.trained_artifact(), digits.samples_of("calibration"), max_drop=0.01).profile("default")
+    assert "No finite temperature fits exit1 (0.05), exit2 (20)" in caplog.text
+    assert "No finite temperature fits" in made.promise.note
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        monkeypatch.undo()
+        calibrate(digits.trained_artifact(), digits.samples_of("calibration"), max_drop=0.01)
+    assert "temperature" not in caplog.text
+
+
 def test_an_exit_that_is_off_has_a_threshold_that_no_score_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(digits.samples_of("calibration"))
     monkeypatch.setattr(calibration, "record_outputs", lambda *_, **__: population(1, count, skills=(0.0, 0.0, 6.0)))
@@ -371,11 +630,57 @@ def test_an_exit_that_is_off_has_a_threshold_that_no_score_reaches(monkeypatch: 
         ({"risk": (0.0, 0.95)}, "--risk 0@0.95 is no rate and confidence"),
         ({"risk": (0.02, 1.0)}, "--risk 0.02@1 is no rate and confidence"),
         ({"risk": (math.nan, 0.95)}, "--risk nan@0.95 is no rate and confidence"),
+        ({"risk": (0.02, 0.95), "bound": "hoeffding"}, "there is no bound 'hoeffding'"),
+        ({"risk": (0.02, 0.95), "risk_of": "regret"}, "there is no risk_of 'regret'"),
+        ({"max_drop": 0.01, "bound": "betting"}, "bound and risk_of say how a risk is proven"),
+        ({"max_drop": 0.01, "risk_of": "accuracy"}, "bound and risk_of say how a risk is proven"),
+        ({"risk": (0.02, 0.95), "risk_of": "accuracy", "bound": "clopper-pearson"}, "the Clopper-Pearson bound is one on how often"),
+        ({"max_drop": 0.01, "search": "quotas"}, "quotas are found for a budget of multiply-adds"),
+        ({"budget_macs": 0.5, "search": "beam"}, "there is no search 'beam'"),
+        ({"budget_macs": 0.5, "search": "quotas", "policy": "patience"}, "quotas give each exit a threshold of its own"),
+        ({"max_drop": 0.01, "policy": "certainty"}, "there is no policy 'certainty'"),
+        ({"max_drop": 0.01, "policy": "temporal"}, "the policy temporal compares frames of a stream"),
+        ({"max_drop": 0.01, "gates": GATES}, "gates serve the policies gates and jei, not top1"),
     ],
 )
 def test_a_promise_that_is_none_is_refused(asked: dict[str, object], problem: str) -> None:
     with pytest.raises(CalibrationError, match=problem):
         calibrate(digits.trained_artifact(), digits.samples_of("calibration"), **asked)  # type: ignore[arg-type]
+
+
+def test_what_could_not_be_proven_is_refused_before_anything_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "record_outputs", lambda *_, **__: pytest.fail("recorded"))
+    artifact, samples = digits.trained_artifact(), digits.samples_of("calibration")
+    with pytest.raises(CalibrationError, match="500 samples cannot prove a disagreement") as caught:
+        calibrate(artifact, samples, risk=(0.005, 0.95))
+    assert "give at least 997; the smallest rate that these could prove is 0.01" in caught.value.hint
+    with pytest.raises(CalibrationError, match="350 samples cannot prove a disagreement") as caught:
+        calibrate(artifact, samples, risk=(0.01, 0.95), alpha=0.1)
+    assert "give at least 713 in all" in caught.value.hint  # 299 tested are three fifths of 499, which are seven tenths
+
+
+def test_labels_outside_the_classes_are_refused_before_anything_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "record_outputs", lambda *_, **__: pytest.fail("recorded"))
+    samples = digits.samples_of("calibration").subset(range(100))
+    samples.labels = samples.labels.copy()
+    samples.labels[[7, 9]] = [10, -1]
+    with pytest.raises(CalibrationError, match="the label 10 of sample 7 is none of the network's 10 classes"):
+        calibrate(digits.trained_artifact(), samples, max_drop=0.01)
+
+
+def test_logits_that_are_not_finite_are_refused_by_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, samples = digits.trained_artifact(), digits.samples_of("calibration")
+    session = Session(artifact)
+
+    def record(*given: object) -> Recording:
+        recording = real(*given)  # type: ignore[arg-type]
+        recording.logits["exit2"][3, 1] = np.nan
+        return recording
+
+    real = session.record
+    monkeypatch.setattr(session, "record", record)
+    with pytest.raises(CalibrationError, match="the logits of exit2 are not finite for sample 3"):
+        record_outputs(artifact, samples, session=session)
 
 
 def test_untrained_heads_are_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exitify.calibration.temperature import expected_calibration_error, fit_temperature, log_softmax
+from exitify.calibration.temperature import calibration_errors, diverges, expected_calibration_error, fit_temperature, log_softmax
 from exitify.errors import CalibrationError
 
 
@@ -124,3 +124,33 @@ def test_the_right_temperature_has_the_smaller_calibration_error() -> None:
     before = expected_calibration_error(np.exp(log_softmax(overconfident)), labels)
     after = expected_calibration_error(np.exp(log_softmax(overconfident / fit_temperature(overconfident, labels))), labels)
     assert after < 0.03 < before
+
+
+@pytest.mark.parametrize(("label", "at"), [(5, 7), (-1, 0), (70, 399)])
+def test_a_label_outside_the_classes_is_refused_by_the_first_of_them(label: int, at: int) -> None:
+    logits, labels = drawn(0)
+    labels[at:] = label
+    with pytest.raises(CalibrationError, match=f"the label {label} of sample {at} is none of the network's 5 classes") as caught:
+        fit_temperature(logits, labels)
+    assert "0 to 4" in caught.value.hint
+
+
+def test_a_temperature_at_an_end_of_its_range_diverges() -> None:
+    logits, labels = drawn(0)
+    assert diverges(fit_temperature(logits, logits.argmax(axis=1)))
+    assert diverges(fit_temperature(logits, logits.argmin(axis=1)))
+    assert not diverges(fit_temperature(logits, labels))
+    assert not diverges(0.06)
+
+
+def test_each_half_is_judged_at_the_temperature_of_the_other() -> None:
+    logits, labels = drawn(0, samples=600)
+    logits = np.stack([3 * logits, 0.4 * logits])
+    first, second = np.array_split(np.random.default_rng(4).permutation(600), 2)
+    for number, found in enumerate(calibration_errors(logits, labels, seed=4)):
+        p = np.zeros((600, 5))
+        for judged, fitted in ((first, second), (second, first)):
+            p[judged] = np.exp(log_softmax(logits[number, judged] / fit_temperature(logits[number, fitted], labels[fitted])))
+        before = expected_calibration_error(np.exp(log_softmax(logits[number])), labels)
+        assert found.tolist() == pytest.approx([before, expected_calibration_error(p, labels)])
+        assert found[1] < found[0]

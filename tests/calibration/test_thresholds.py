@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exitify.calibration.thresholds import NEVER, Recorded, exits_taken, judge, optimise, price_path, stricter_first
+from exitify.calibration.thresholds import (
+    NEVER,
+    Recorded,
+    common_path,
+    exits_taken,
+    finer_price_path,
+    judge,
+    optimise,
+    patience_path,
+    price_path,
+    stricter_first,
+)
 
 PRICES = np.geomspace(300, 0.3, 12)
 
@@ -274,3 +285,36 @@ def test_a_risk_is_tried_on_stricter_settings_first_and_finely_between_the_paths
     assert [tried.index(own) for own in ((0.9, NEVER), (0.7, 0.8), (0.5, 0.6))] == [10, 14, 18]
     assert tried[16] == pytest.approx((0.6, 0.7))
     assert all(np.isinf(setting[1]) for setting in settings[:14])
+
+
+def test_stricter_settings_move_towards_the_highest_that_a_score_can_be() -> None:
+    path = [np.array([-0.4, NEVER]), np.array([-0.8, -0.2])]
+    steps = list(stricter_first(path, 0.0))
+    assert steps[0].tolist() == pytest.approx([-0.4 * 0.02, NEVER])
+    assert steps[9].tolist() == pytest.approx([-0.4 * 0.8, NEVER])
+    assert [step[0] for step in steps] == sorted((step[0] for step in steps), reverse=True)
+    assert max(step[0] for step in steps) < 0.0
+
+
+def test_a_finer_path_holds_the_paths_own_settings_and_three_between_each_two() -> None:
+    recorded = problem(0, 3, 200)
+    coarse, fine = list(price_path(recorded)), list(finer_price_path(recorded))
+    assert len(fine) == 4 * len(coarse)
+    assert all(np.array_equal(one, other) for one, other in zip(fine[3::4], coarse, strict=True))
+    for i, (before, after) in enumerate(itertools.pairwise(coarse)):
+        both = (before < NEVER) & (after < NEVER)
+        for j, share in enumerate((0.25, 0.5, 0.75)):
+            step = fine[4 * (i + 1) + j]
+            assert step[both] == pytest.approx((1 - share) * before[both] + share * after[both])
+            assert np.array_equal(step[~both], before[~both])
+
+
+def test_patience_asks_for_fewer_and_fewer_that_agree() -> None:
+    assert [thresholds.tolist() for thresholds in patience_path(problem(0, 3, 10))] == [[3.0] * 3, [2.0] * 3, [1.0] * 3]
+
+
+def test_a_common_threshold_falls_from_one_to_nothing_past_a_half() -> None:
+    path = list(common_path(problem(0, 2, 10)))
+    assert [thresholds[0] for thresholds in path] == pytest.approx([1 - i / 60 for i in range(61)])
+    assert all(thresholds[0] == thresholds[1] for thresholds in path)
+    assert path[30].tolist() == [0.5, 0.5]

@@ -369,7 +369,7 @@ def _bad_artifacts(folder: Path) -> None:
         "flipped_weight": flipped(start + len(files[WEIGHTS_FILE]) - 5),
         "flipped_directory": flipped(len(whole) - 60),
         "longer": whole + b"!",
-        "version": rewritten({**files, "manifest.json": files["manifest.json"].replace(b'"format": 4', b'"format": 5', 1)}),
+        "version": rewritten({**files, "manifest.json": files["manifest.json"].replace(b'"format": 5', b'"format": 6', 1)}),
         "leaves_folder": rewritten({**files, "../../evil.json": b"{}"}),
         "absolute": rewritten({**files, "/etc/evil": b"{}"}),
     }.items():
@@ -427,7 +427,7 @@ BAD = {
     "drop over one": (("calibrate", "trained.exitify", *DATA, "--max-drop", 5), "--max-drop 5 is no share"),
     "infinite budget": (("calibrate", "trained.exitify", *DATA, "--budget-macs", "inf"), "--budget-macs inf is no share"),
     "too few to prove": (("calibrate", "trained.exitify", *DATA, "--risk", "0.001@0.99"), "500 samples cannot prove a disagreement"),
-    "unknown policy": (("calibrate", "trained.exitify", *DATA, "--max-drop", 0.01, "--policy", "entropy"), "no policy 'entropy'"),
+    "unknown policy": (("calibrate", "trained.exitify", *DATA, "--max-drop", 0.01, "--policy", "luck"), "no policy 'luck'"),
     "profile that leaves the folder": (
         ("calibrate", "trained.exitify", *DATA, "--max-drop", 0.01, "--profile", "../up"),
         r"cannot be called '\.\./up'",
@@ -478,7 +478,7 @@ BAD = {
     "flipped in a weight": (("inspect", "flipped_weight.exitify"), "altered"),
     "flipped in the directory": (("inspect", "flipped_directory.exitify"), r"flipped_directory\.exitify: "),
     "with a byte more": (("inspect", "longer.exitify"), "1 bytes after its end"),
-    "of the next version": (("inspect", "version.exitify"), "format 5, and this release reads 4"),
+    "of the next version": (("inspect", "version.exitify"), "format 6, and this release reads 5"),
     "a path that leaves the folder": (("inspect", "leaves_folder.exitify"), r"'\.\./\.\./evil\.json' in the artifact is not a plain relative path"),
     "an absolute path": (("inspect", "absolute.exitify"), "'/etc/evil' in the artifact is not a plain relative path"),
     "flipped, run": (("run", "flipped_weight.exitify", "x.npy"), "altered"),
@@ -595,11 +595,11 @@ def test_an_interrupted_training_leaves_the_artifact_and_goes_on_to_the_same_byt
     train_epoch: Callable[..., None] = training._train_epoch
     epochs = []
 
-    def press(*given: Any) -> None:
+    def press(*given: Any, **named: Any) -> None:
         epochs.append(given[-1])
         if len(epochs) == 5:
             raise KeyboardInterrupt
-        train_epoch(*given)
+        train_epoch(*given, **named)
 
     monkeypatch.setattr(training, "_train_epoch", press)
     refused(exitify("train", "net.exitify", *TRAINING, folder=tmp_path), "interrupted; nothing was changed")

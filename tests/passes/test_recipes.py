@@ -59,7 +59,7 @@ def test_every_registered_pass_has_the_name_it_is_registered_under(name):
 @pytest.mark.parametrize("text", ["", "chose-exits", "choose-exits{exits=1", "exitify.passes.base:Pass", "choose-exits{exits=1}; rm"])
 def test_an_unknown_pass_is_refused_with_those_there_are(text):
     with pytest.raises(
-        PlanError, match=r"there is no pass .*\n  hint: there are choose-skips, choose-exits, attach-heads, switch-norms, cut-segments"
+        PlanError, match=r"there is no pass .*\n  hint: there are choose-skips, choose-exits, cascade-exits, attach-heads, switch-norms, cut-segments"
     ):
         make_pass(text)
 

@@ -102,8 +102,8 @@ def test_a_head_is_kept_as_it_was_after_the_epoch_with_the_least_loss(tmp_path: 
     losses = iter([{"exit1": 2.0, "exit2": 9.0}, {"exit1": 1.0, "exit2": 8.0}, {"exit1": 1.5, "exit2": 7.0}])
     seen: list[dict[str, torch.Tensor]] = []
 
-    def evaluate(heads: dict[str, Any], *_: Any) -> dict[str, tuple[float, float]]:
-        seen.append({name: head.classifier.weight.detach().clone() for name, head in heads.items()})
+    def evaluate(heads: Any, *_: Any) -> dict[str, tuple[float, float]]:
+        seen.append({name: head.classifier.weight.detach().clone() for name, head in heads.modules.items()})
         return {name: (loss, len(seen) / 10) for name, loss in next(losses).items()}
 
     monkeypatch.setattr(training, "_evaluate", evaluate)
@@ -334,7 +334,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> Recording:
         calls.append((file.path.stem, file.rows, how, seed))
 
     monkeypatch.setattr(training, "record", spy)
-    monkeypatch.setattr(training, "_fit", lambda _artifact, heads, *_: (heads, []))
+    monkeypatch.setattr(training, "_fit", lambda *_: ({}, []))
     return calls
 
 
@@ -405,9 +405,9 @@ def test_any_batch_size_fits_the_schedule(tmp_path: Path, monkeypatch: pytest.Mo
     rates = []
     train_epoch = training._train_epoch
 
-    def spy(*given: Any) -> None:
-        train_epoch(*given)
-        rates.append(given[4].param_groups[0]["lr"])
+    def spy(*given: Any, **named: Any) -> None:
+        train_epoch(*given, **named)
+        rates.append(given[3].param_groups[0]["lr"])
 
     monkeypatch.setattr(training, "_train_epoch", spy)
     monkeypatch.setattr(training, "ROWS_A_CHUNK", 200, raising=True)

@@ -1,0 +1,1 @@
+"""The same training in three loops: PyTorch's own, accelerate's, Lightning's."""
