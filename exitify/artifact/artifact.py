@@ -432,6 +432,13 @@ def _check_profile(artifact: Artifact, name: str, profile: Profile) -> None:
         problem = setting_problem(setting, profile.policy)
         if problem:
             raise MalformedManifest(f"profile {name!r} has {problem} at {exit_name}", _CALIBRATE_AGAIN)
+    errors = profile.calibration_errors
+    if set(errors) not in (set(), set(artifact.plan.exit_names)) or not all(
+        len(pair) == 2 and all(0 <= e <= 1 for e in pair) for pair in errors.values()
+    ):
+        raise MalformedManifest(
+            f"profile {name!r} has calibration errors that are not two numbers from 0 to 1 for each exit and final", _CALIBRATE_AGAIN
+        )
     sets = profile.conformal
     if sets is None:
         return

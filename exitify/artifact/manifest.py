@@ -189,6 +189,8 @@ class Profile:
     final_temperature: Divides the network's own logits.
     data: sha256 of the calibration samples' order, labels and pixels. engine: What recorded the outputs.
     conformal: What makes sets of classes of its answers, where that was calibrated.
+    calibration_errors: Of each exit without and with its temperature, `final` among them, in [0, 1]: how far its probabilities are from
+        the share of right answers (`exitify.calibration.temperature`); empty where that was not measured.
     """
 
     model_id: str
@@ -200,6 +202,7 @@ class Profile:
     engine: str
     data: str
     conformal: Conformal | None = None
+    calibration_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def enabled(self) -> tuple[str, ...]:

@@ -298,9 +298,9 @@ def _with_settings(
         warnings[0] = "These are the samples that the heads were trained on. Calibrate on others."
     for warning in filter(None, warnings):
         log.warning(warning)
-    measured = _errors_text(artifact.plan, settings)
     apart = f"Prediction sets rest on {sets.samples} other samples." if sets is not None else ""
-    note = " ".join(filter(None, (settings.promise.note, apart, measured, *warnings)))
+    note = " ".join(filter(None, (settings.promise.note, apart, *warnings)))
+    errors = {} if settings.errors is None else dict(zip(artifact.plan.exit_names, ((float(a), float(b)) for a, b in settings.errors)))
     profile = Profile(
         artifact.manifest.model_id,
         policy,
@@ -311,6 +311,7 @@ def _with_settings(
         engine=engine,
         data=samples.identity(),
         conformal=sets,
+        calibration_errors=errors,
     )
     return artifact.with_profile(name, profile)
 
@@ -324,14 +325,6 @@ def _diverging(plan: Plan, settings: Settings) -> str:
         f"No finite temperature fits {', '.join(found)}: on these samples it is always right, or no better than chance. "
         "Its probabilities say little; give more samples, or train it again."
     )
-
-
-def _errors_text(plan: Plan, settings: Settings) -> str:
-    """How far each exit's probabilities are off, for people."""
-    if settings.errors is None:
-        return ""
-    rows = (f"{name} {before:.3f}, {after:.3f}" for name, (before, after) in zip(plan.exit_names, settings.errors))
-    return f"Calibration error (ECE) without and with its temperature: {'; '.join(rows)}."
 
 
 def exit_settings(plan: Plan, thresholds: NDArray[np.float64], temperatures: NDArray[np.float64], gates: Gates = ()) -> dict[str, ExitSetting]:

@@ -127,13 +127,13 @@ def heads(reports: Sequence[HeadReport]) -> None:
 def profile(name: str, made: Profile) -> None:
     """When a profile stops, and what it promises."""
     rows: list[tuple[object, ...]] = []
+    errors = {exit_name: tuple(f"{error:.3f}" for error in pair) for exit_name, pair in made.calibration_errors.items()}
     for exit_name, setting in made.exits.items():
-        rows.append(
-            (exit_name, "on" if setting.enabled else "off", f"{setting.threshold:.4f}" if setting.enabled else "", f"{setting.temperature:.3f}")
-        )
-    rows.append((FINAL, "on", "", f"{made.final_temperature:.3f}"))
+        threshold = f"{setting.threshold:.4f}" if setting.enabled else ""
+        rows.append((exit_name, "on" if setting.enabled else "off", threshold, f"{setting.temperature:.3f}", *errors.get(exit_name, ())))
+    rows.append((FINAL, "on", "", f"{made.final_temperature:.3f}", *errors.get(FINAL, ())))
     masked = f", leaving out {made.skip}" if "1" in made.skip else ""
-    table(f"Profile {name!r}, by {made.policy}{masked}", ("exit", "runs", "threshold", "temperature"), rows)
+    table(f"Profile {name!r}, by {made.policy}{masked}", ("exit", "runs", "threshold", "temperature", *(("ECE", "with it") if errors else ())), rows)
     promise = made.promise
     proven = f" at {promise.confidence:g}" if promise.confidence else ""
     asked = {

@@ -349,6 +349,7 @@ OUTPUT = "the output has one dimension and is computed by a segment"
 HEAD = "every exit has a head with the inputs, outputs and parameters listed, and no other segment has parameters"
 FITS = "a head fits the value that it reads and the number of classes"
 LATER = "no exit needs a later one or the output"
+PATH = "a head has a path exactly where it reads another exit, and that exit comes before it"
 
 
 def test_names_used_twice_are_refused(artifact):
@@ -362,6 +363,26 @@ def test_names_used_twice_are_refused(artifact):
         parse_artifact(with_segment(artifact, first.name, outputs=first.outputs * 2))
     with refused(NAMES, match=f"the node name '{first.nodes[0]}' is used twice"):
         parse_artifact(with_segment(artifact, first.name, nodes=first.nodes * 2))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda exits: exits[1].update(previous="exit1"), "reads 'exit1' by the path 'none'"),
+        (lambda exits: exits[1]["head"].update(path="identity"), "reads 'no exit' by the path 'identity'"),
+        (lambda exits: (exits[0].update(previous="exit2"), exits[0]["head"].update(path="boosted")), "reads 'exit2', which is no earlier exit"),
+        (lambda exits: (exits[1].update(previous="exit2"), exits[1]["head"].update(path="boosted")), "reads 'exit2', which is no earlier exit"),
+    ],
+)
+def test_a_head_that_reads_no_earlier_exit_is_refused(artifact, edit, message):
+    with refused(PATH, match=message):
+        parse_artifact(with_document(artifact, lambda document: edit(document["plan"]["exits"])))
+
+
+@pytest.mark.parametrize("gates", [{"exit1": [0.0] * 5}, {"exit1": [0.0] * 5, "exit2": [0.0] * 4}, {"exit9": [0.0] * 5}])
+def test_gates_are_five_numbers_for_each_exit(artifact, gates):
+    with refused("gates are five finite numbers for each exit, or for none", match="gates are not 5 finite numbers for each exit"):
+        parse_artifact(with_document(artifact, lambda document: document.update(gates=gates)))
 
 
 def test_a_segment_that_reads_what_comes_later_is_refused(artifact):
@@ -676,7 +697,8 @@ def with_everything(artifact: Artifact, policy: str = "jei") -> Profile:
     """A profile that has all a profile can have."""
     plain = profile_for(artifact, {"exit1": 0.5, "exit2": 0.25}, policy=policy)
     gated = {name: replace(setting, gate=GATE) for name, setting in plain.exits.items()}
-    return replace(plain, exits=gated, conformal=Conformal(0.1, "strict", QUANTILES, 500))
+    errors = dict.fromkeys(QUANTILES, (0.25, 0.125))
+    return replace(plain, exits=gated, conformal=Conformal(0.1, "strict", QUANTILES, 500), calibration_errors=errors)
 
 
 @pytest.mark.parametrize("policy", get_args(Policy))
@@ -725,6 +747,15 @@ def test_quantiles_that_make_no_sets_are_refused(artifact, edit, message):
     clause = "alpha is above 0 and below 1, samples above 0, and there is a quantile from 0 to 1 for each exit and final and no other"
     with refused(clause, match=message):
         parse_artifact(with_profile_text(changed, lambda d: edit(d["conformal"])))
+
+
+@pytest.mark.parametrize("errors", [{"exit1": [0.1, 0.1]}, dict.fromkeys(QUANTILES, (0.1, 1.5)), dict.fromkeys([*QUANTILES, "exit3"], (0.1, 0.1))])
+def test_calibration_errors_that_cannot_be_are_refused(artifact, errors):
+    changed = artifact.with_profile("default", with_everything(artifact))
+    with refused(
+        "calibration errors are two numbers from 0 to 1 for each exit and final, or for none", match="has calibration errors that are not two"
+    ):
+        parse_artifact(with_profile_text(changed, lambda d: d.update(calibration_errors=errors)))
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])

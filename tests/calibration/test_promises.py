@@ -578,12 +578,12 @@ def test_gates_that_do_not_fit_are_refused(gates: dict[str, tuple[float, ...]]) 
 
 def test_a_profile_says_how_far_probabilities_are_off_without_and_with_temperatures() -> None:
     artifact, samples = digits.trained_artifact(), digits.samples_of("calibration")
-    note = calibrate(artifact, samples, max_drop=0.01).profile("default").promise.note
+    found = calibrate(artifact, samples, max_drop=0.01).profile("default").calibration_errors
     outputs = record_outputs(artifact, samples)
     errors = calibration_errors(outputs.logits, outputs.labels)
     for name, (before, after) in zip(("exit1", "exit2", "final"), errors, strict=True):
         assert after < before
-        assert f"{name} {before:.3f}, {after:.3f}" in note
+        assert found[name] == (before, after)
 
 
 def test_a_diverging_temperature_is_warned_about_by_its_exit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
