@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from torch.nn import functional
 import exitify
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import ExitSetting
+from exitify.calibration.calibrate import Outputs, excess_error, recorded_outputs
+from exitify.calibration.thresholds import NEVER, judge, optimise
 from exitify.errors import PlanError
 from exitify.heads import ExitHead, HeadWithScores, head_cost
 from exitify.passes.cascade_exits import CascadeExits
-from exitify.plan import FINAL, PATHS, ExitPoint, HeadSpec, Plan
+from exitify.plan import FINAL, PATHS, ExitPoint, HeadSpec, Plan, boundary_macs
 from exitify.program import Program
 from exitify.runtime.session import Session
 from exitify.train import heads as training
@@ -144,6 +147,57 @@ def test_reaching_an_exit_costs_all_heads_before_it() -> None:
         plain.macs_at(["exit1", "exit2", "exit3"])["exit3"] - plain.macs_at(["exit3"])["exit3"]
         == costs["exit1"] + plain.head(plain.exits[1]).cost.macs
     )
+
+
+@pytest.mark.parametrize("path", ["none", "identity"])
+def test_a_search_pays_for_the_heads_that_a_run_passes_whether_they_are_on_or_off(path: str) -> None:
+    plan = cascade(path).plan
+    rng, names = np.random.default_rng(0), [point.name for point in plan.exits]
+    outputs = Outputs(rng.standard_normal((4, 60, 10)).astype(np.float32), rng.integers(0, 10, 60))
+    recorded = recorded_outputs(outputs, np.ones(4), plan, "top1", excess_error(outputs, np.ones(4)))
+    boundaries = np.array([boundary_macs(plan.crossing_bytes(point)) for point in plan.exits])
+    for on in itertools.product([False, True], repeat=3):
+        cost = recorded.cost(np.where(on, 0.5, NEVER)) * plan.full_macs
+        enabled = [name for name, is_on in zip(names, on) if is_on]
+        passed = np.cumsum(np.where(on, boundaries, 0))
+        for name, macs in plan.macs_at(enabled).items():
+            k = plan.exit_names.index(name)
+            assert cost[k] == pytest.approx(macs + passed[min(k, 2)])
+
+
+def test_a_search_with_tied_heads_ends_where_no_single_threshold_is_better() -> None:
+    plan = cascade("identity").plan
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal((4, 40, 10)) * np.array([1, 2, 3, 6])[:, None, None]
+    labels = logits[-1].argmax(1)
+    outputs = Outputs(logits.astype(np.float32), labels)
+    recorded = recorded_outputs(outputs, np.ones(4), plan, "top1", excess_error(outputs, np.ones(4)))
+    assert recorded.head_cost is not None
+    price = 0.5
+    found = optimise(recorded, price, np.full(3, NEVER))
+
+    def objective(thresholds: np.ndarray) -> float:
+        loss, cost = judge(recorded, thresholds)
+        return cost + price * loss
+
+    for k in range(3):
+        for threshold in (NEVER, *recorded.confidence[k]):
+            other = found.copy()
+            other[k] = threshold
+            assert objective(found) <= objective(other) + 1e-9
+
+
+@pytest.mark.parametrize("path", ["identity", "learned"])
+def test_a_static_network_that_stops_at_an_exit_holds_the_heads_before_it(path: str) -> None:
+    import onnxruntime
+
+    program = cascade(path)
+    model = exitify.export_static(artifact_of(program), exit="exit3")
+    x = digits.samples_of("test").inputs(slice(0, 3))
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {program.plan.input: x})
+    with torch.no_grad():
+        expected = program(torch.from_numpy(x), all_exits=True)["exit3"].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -146,6 +146,17 @@ class Learner:
                 f"the profile {profile!r} decides by {policy}, and a device learns under {', '.join(LEARNT_BY)}",
                 "calibrate one: exitify calibrate --profile",
             )
+        promise = artifact.profile(profile).promise
+        if promise.kind == "max-drop" and promise.confidence:
+            raise StateError(
+                f"the profile {profile!r} was proven to keep its accuracy, which a device without labels cannot prove again",
+                "calibrate one to learn under: --max-drop alone, or --risk-of disagreement",
+            )
+        if artifact.profile(profile).conformal is not None:
+            raise StateError(
+                f"the profile {profile!r} has sets of classes, which hold for its heads as they were calibrated",
+                "calibrate one without --prediction-sets",
+            )
         self.guards: Guards | None = self.how.guards
         self.first = self.factory.ruling
         if self.guards and self.factory.is_proven and not self.guards.trust_factory:

@@ -659,7 +659,8 @@ def recorded_outputs(
     heads = np.array([plan.head(point).cost.macs for point in plan.exits], float)
     reach_cost = np.array([*reach.values()], float) - np.append(np.cumsum(heads), heads.sum())
     boundaries = np.array([boundary_macs(plan.crossing_bytes(point)) for point in plan.exits], float)
-    return Recorded(outputs.confidence(temperatures, policy, gates), loss, reach_cost / full, (heads + boundaries) / full)
+    tied = heads / full if any(point.previous for point in plan.exits) else None
+    return Recorded(outputs.confidence(temperatures, policy, gates), loss, reach_cost / full, (heads + boundaries) / full, head_cost=tied)
 
 
 def confidence_of(logits: NDArray[np.floating], policy: Policy) -> NDArray[np.float64]:

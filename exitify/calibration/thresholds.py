@@ -8,7 +8,7 @@ ever cheaper settings, and the caller takes the cheapest one that keeps its prom
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ class Recorded:
     reach_cost: `(K + 1,)`, cost of computing what exit k reads, no head counted; the last is the full network's.
     try_cost: `(K,)`, what running exit k's head adds for every sample that comes by.
     weight: `(N,)`, how much a sample counts; none where all count alike.
+    head_cost: `(K,)`, where each head reads the one before it: what of `try_cost` a run also pays for exits that are off on the way
+        to one that is on. None where heads do not read each other.
     """
 
     confidence: NDArray[np.float64]
@@ -33,15 +35,18 @@ class Recorded:
     reach_cost: NDArray[np.float64]
     try_cost: NDArray[np.float64]
     weight: NDArray[np.float64] | None = None
+    head_cost: NDArray[np.float64] | None = None
 
     def select(self, rows: NDArray[np.integer]) -> Recorded:
         """The same for these samples only."""
         weight = None if self.weight is None else self.weight[rows]
-        return Recorded(self.confidence[:, rows], self.loss[:, rows], self.reach_cost, self.try_cost, weight)
+        return replace(self, confidence=self.confidence[:, rows], loss=self.loss[:, rows], weight=weight)
 
     def cost(self, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
         """Cost of a run that ends at each exit, `(K + 1,)`: the heads that are run on the way counted."""
-        tried = np.cumsum(np.where(thresholds < NEVER, self.try_cost, 0.0))
+        on = thresholds < NEVER
+        off_cost = 0.0 if self.head_cost is None else np.where(np.arange(len(on)) < np.flatnonzero(on).max(initial=-1), self.head_cost, 0.0)
+        tried = np.cumsum(np.where(on, self.try_cost, off_cost))
         total: NDArray[np.float64] = self.reach_cost + np.append(tried, tried[-1:].sum())
         return total
 
@@ -78,13 +83,16 @@ def optimise(recorded: Recorded, price: float, start: NDArray[np.float64], round
         before = thresholds.copy()
         for k in range(count):
             waits = (recorded.confidence[:k] < thresholds[:k, None]).all(axis=0)
-            without = thresholds.copy()
-            without[k] = NEVER
-            objective = recorded.cost(without)[:, None] + price * recorded.loss
+            without, with_it = thresholds.copy(), thresholds.copy()
+            without[k], with_it[k] = NEVER, 0.0
+            cost, cost_with = recorded.cost(without), recorded.cost(with_it)
+            fee = float(cost_with[-1] - cost[-1])  # the same for all later exits
+            cost[k] = cost_with[k] - fee
+            objective = cost[:, None] + price * recorded.loss
             without[:k] = NEVER
             fallback = objective[exits_taken(recorded.confidence, without), everyone]
             gain = ((objective[k] - fallback) * weight)[waits]
-            thresholds[k] = _best_threshold(recorded.confidence[k, waits], gain, float(recorded.try_cost[k]) * float(weight[waits].sum()))
+            thresholds[k] = _best_threshold(recorded.confidence[k, waits], gain, fee * float(weight[waits].sum()))
         if np.array_equal(before, thresholds):
             break
     return thresholds

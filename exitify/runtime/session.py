@@ -32,6 +32,10 @@ COPY_MACS_A_BYTE = 4
 what they would still compute costs more than copying the rows that stay."""
 
 
+RANKED_BY: Mapping[Policy, Policy] = {"temporal": "top1", "patience": "top1", "jei": "gates"}
+"""What ranks a batch's rows for a budget where a policy's own score does not: it is one for all, or 0 where the gates opened long ago."""
+
+
 # Not frozen: each field would be set through a function call, in the path of every answer.
 @dataclass(slots=True)
 class Answer:
@@ -406,7 +410,7 @@ class Session:
             state = after if step.decides else state
             features = bound.value(self.artifact.plan.exit(step.stretch.exit).features)[0].copy()
             visits.append(Visit(step.stretch.exit, logits, features, float(sureness)))
-            if answer is None and (step.stretch.exit == setup.only or sureness >= step.threshold):
+            if answer is None and (step.stretch.exit == setup.only if setup.only else sureness >= step.threshold):
                 answer = self._answer(step, logits, started)
             if answer is not None and not to_end:
                 break
@@ -510,7 +514,7 @@ class Session:
             if step.is_last:
                 leaves = open_rows
             else:
-                policy: Policy = "top1" if quotas and setup.rule.policy == "temporal" else setup.rule.policy
+                policy = RANKED_BY.get(setup.rule.policy, setup.rule.policy) if quotas else setup.rule.policy
                 labels = logits.argmax(axis=1) if policy == "patience" else history.labels
                 sureness, history = score(policy, values[step.scores], labels, step.gate, history)
                 leaves = open_rows & (sureness >= step.threshold) if quotas is None else _surest(sureness, open_rows, quotas[index])
@@ -632,7 +636,7 @@ class Session:
     def _make_setup(self, name: str, changes: Mapping[str, ExitSetting]) -> _Setup:
         """A profile's, with these settings in place of its own."""
         profile = self.artifact.profile(name)
-        quantiles = profile.conformal.quantiles if profile.conformal else {}
+        quantiles = profile.conformal.quantiles if profile.conformal and not changes else {}  # they are of its own thresholds
         rule = _Rule(name, profile.policy, {**profile.exits, **changes}, profile.final_temperature, quantiles)
         enabled = [point.name for point in self.artifact.plan.exits if rule.settings[point.name].enabled]
         return self._assemble(self.artifact.plan.mask(profile.skip), enabled, rule)

@@ -30,7 +30,7 @@ from exitify.passes.cost import example_input
 from exitify.passes.equilibrate_gradients import EquilibrateGradients
 from exitify.pictures import pixels_to_inputs
 from exitify.plan import Plan, mask_text
-from exitify.program import HEADS, SKIP_NORMS, ExitOutputs, Program
+from exitify.program import HEADS, SKIP_NORMS, ExitOutputs, Program, extract
 from exitify.progress import Progress, silent
 from exitify.runtime.session import Session
 from exitify.tracing import capture
@@ -211,7 +211,7 @@ def train_network(
     with torch_threads(threads or torch.get_num_threads()), _processes(place) as (rank, count):
         train_rows, validation_rows = _split(samples, options, count)
         program = replay(artifact, model, scores=scores)
-        key = {"model": artifact.manifest.model_id, "data": samples.identity(), "options": options}
+        key = {"model": artifact.manifest.model_id, "input": artifact.manifest.input, "data": samples.identity(), "options": options}
         folder = (work or Path("exitify-train")) / name_of(key)
         data = _Data(samples, artifact, _augmentation(options, artifact), place)
         training = _Training(program, method, options, data, place, rank, count)
@@ -607,7 +607,9 @@ def _without_exits(program: Program) -> Program:
 
 def _freeze_what_is_not_learnt(program: Program, method: Method) -> None:
     """Take gradients from parameters that no loss reaches: DistributedDataParallel would wait for them."""
-    read = {str(node.target) for node in program.graph.nodes if node.op in ("call_module", "get_attr")}
+    heads = [program.head_node(point.name) for point in program.plan.exits]
+    reaching = extract(program.graph, [*heads, next(node for node in program.graph.nodes if node.name == program.plan.output)])
+    read = {str(node.target) for node in reaching.nodes if node.op in ("call_module", "get_attr")}
     if method.learns == "skips":
         read = {name for name in read if not name.startswith(f"{HEADS}.")} | {f"{SKIP_NORMS}.{name}" for name in read}
     for name, parameter in program.named_parameters():

@@ -129,11 +129,12 @@ def train_heads(
         "seed": options.seed,
     }
     folder = (work or Path("exitify-train")) / name_of(recorded)
-    checkpoint = folder / f"checkpoint-{name_of([artifact.manifest.model_id, options])}.pt"
+    checkpoint = folder / f"checkpoint-{name_of([artifact.manifest.model_id, artifact.manifest.input, options])}.pt"
     folder.mkdir(parents=True, exist_ok=True)
     training = _Recorded(artifact, samples, heads, folder, threads, progress)
     files = []
-    for copy_number in range(min(options.copies, options.epochs)):
+    copies = 1 if options.method == "class-means" else min(options.copies, options.epochs)
+    for copy_number in range(copies):
         order = np.random.default_rng((options.seed, copy_number)).permutation(train_rows)
         files.append(training.file(f"train-{copy_number}", order, how, options.seed + 1 + copy_number))
     validation = training.file("validation", validation_rows, "none", 0)
@@ -154,10 +155,11 @@ def train_heads(
         trained = trained.with_times(name, replace(times, model_id=trained.manifest.model_id))
     if save_to is not None:
         trained.save(save_to)
+    checkpoint.unlink(missing_ok=True)
     if keep_recorded:
-        checkpoint.unlink(missing_ok=True)
         return trained, reports
-    shutil.rmtree(folder)
+    if not any(folder.glob("checkpoint-*.pt")):  # others that were interrupted go on with what is recorded
+        shutil.rmtree(folder)
     if work is None and not any(folder.parent.iterdir()):
         folder.parent.rmdir()
     return trained, reports
@@ -216,15 +218,17 @@ def _split(samples: Samples, options: HeadTraining) -> tuple[NDArray[np.integer]
 
 
 def _values_recorded(artifact: Artifact, heads: Mapping[str, ExitHead]) -> dict[str, object]:
-    """What decides the recorded numbers: the backbone, and what heads pool of which of its values."""
+    """What decides the recorded numbers: the backbone, how pictures become its inputs, and what heads pool of which of its values."""
     parts = [WEIGHTS_FILE, *(graph_path(segment.name) for segment in artifact.plan.segments if segment.kind != "head")]
     files = [hashlib.sha256(artifact.files[path]).hexdigest() for path in parts]
-    return {"files": files, "read": [(point.after, str(heads[point.name].pool)) for point in artifact.plan.exits]}
+    return {"files": files, "input": artifact.manifest.input, "read": [(point.after, str(heads[point.name].pool)) for point in artifact.plan.exits]}
 
 
 def _check_method(plan: Plan, options: HeadTraining) -> None:
     if options.method not in METHODS:
         raise PlanError(f"there is no way to train heads called {options.method!r}", f"there are {', '.join(METHODS)}")
+    if options.method == "jei" and options.epochs < 2:
+        raise PlanError("gates learn after the heads have warmed up, and one epoch is all warm-up", "give --epochs 2 or more")
     if options.method == "class-means":
         wrong = [point.name for point in plan.exits if point.head.kind != "linear" or point.head.path]
         if wrong:
@@ -304,6 +308,8 @@ def _fit(
         progress("training heads", epoch, options.epochs)
         _train_epoch(heads, files[epoch % len(files)], labels, optimizer, schedule, options, epoch, method=method)
         found = _evaluate(heads, validation, labels, options)
+        if method is not None:
+            method.reweight(_recorded_outputs(heads, validation, labels))
         if any(point.previous for point in heads.plan.exits):  # what a head has learnt holds for the earlier ones as they were then
             together = sum(loss for loss, _ in found.values())
             found = {name: (together, accuracy) for name, (_, accuracy) in found.items()}
@@ -376,12 +382,22 @@ def _evaluate(heads: _Heads, file: FeatureFile, labels: NDArray[np.integer], opt
     return {name: (float(loss) / len(file.rows), float(correct) / len(file.rows)) for name, (loss, correct) in sums.items()}
 
 
+def _recorded_outputs(heads: _Heads, file: FeatureFile, labels: NDArray[np.integer]) -> Iterator[tuple[ExitOutputs, torch.Tensor]]:
+    """What all exits, as they are, say of recorded samples, and the labels, chunk by chunk."""
+    heads.train(False)
+    for features, teacher, rows in file.chunks(np.random.default_rng(0)):
+        with torch.no_grad():
+            yield ExitOutputs(heads.plan.exit_names, (*(logits for _, logits in heads.logits(features)), teacher)), torch.from_numpy(labels[rows])
+
+
 def _fit_class_means(
     heads: _Heads, file: FeatureFile, validation: FeatureFile, labels: NDArray[np.integer], options: HeadTraining
 ) -> list[HeadReport]:
     """Give each linear head the mean of each class's features m: its logits are minus squared distances, but for what all classes share.
 
-    -|z - m|² = 2 m·z - |m|² - |z|². Source: Gormez, Dasari and Koyuncu 2022 (E²CM), who take the nearest mean.
+    -|z - m|² = 2 m·z - |m|² - |z|². They are divided by twice the variance within classes, the mean over features: those of
+    equal normal distributions around the means, so that probabilities mean something before a temperature is fitted.
+    Source: Gormez, Dasari and Koyuncu 2022 (E²CM), who take the nearest mean.
 
     Raises:
         DataError: a class has no samples.
@@ -389,19 +405,23 @@ def _fit_class_means(
     classes = heads.plan.classes
     counts = torch.zeros(classes)
     sums = {name: torch.zeros(classes, head.classifier.in_features, dtype=torch.float64) for name, head in heads.modules.items()}
+    squares = dict.fromkeys(heads.modules, 0.0)
     with torch.inference_mode():
         for features, _, rows in file.chunks(np.random.default_rng(0)):
             targets = torch.from_numpy(labels[rows])
             counts += torch.bincount(targets, minlength=classes)
             for name, feature in zip(heads.modules, features):
                 sums[name].index_add_(0, targets, feature.double())
+                squares[name] += float(feature.double().square().sum())
     if not counts.all():
         raise DataError(f"class {int((counts == 0).nonzero()[0])} has no samples, and so no mean", "give samples of every class")
     for name, head in heads.modules.items():
-        means = (sums[name] / counts[:, None]).float()
+        means = sums[name] / counts[:, None]
+        within = (squares[name] - float((counts[:, None] * means.square()).sum())) / means.shape[1] / float(counts.sum())
+        scale = 1 / max(2 * within, torch.finfo(torch.float32).tiny)
         with torch.no_grad():
-            head.classifier.weight.copy_(2 * means)
-            head.classifier.bias.copy_(-means.square().sum(dim=1))
+            head.classifier.weight.copy_(2 * scale * means)
+            head.classifier.bias.copy_(-scale * means.square().sum(dim=1))
     return [HeadReport(name, accuracy, 0) for name, (_, accuracy) in _evaluate(heads, validation, labels, options).items()]
 
 

@@ -15,7 +15,7 @@ from exitify.adapt.learner import Learner
 from exitify.adapt.review import Factory, Proposal, Ruling, propose
 from exitify.adapt.settings import Guards, Learning
 from exitify.adapt.update import Classifier, Sgd, softmax
-from exitify.artifact.manifest import ExitSetting
+from exitify.artifact.manifest import Conformal, ExitSetting
 from exitify.calibration.thresholds import NEVER
 from exitify.errors import DataError, StateError, UnknownProfile
 from exitify.plan import FINAL
@@ -474,6 +474,17 @@ def test_heads_that_were_handed_out_are_never_written_to() -> None:
         assert all(np.array_equal(head.weight, weight) for head, weight in zip(heads, weights))
     own = artifact().classifiers()
     assert all(np.array_equal(head.weight, own[point.weight]) for head, point in zip(learner.factory.ruling.heads, artifact().plan.exits))
+
+
+def test_a_profile_that_a_device_could_not_keep_true_is_none_to_learn_under() -> None:
+    artifact = digits.trained_artifact()
+    plain = digits.profile(artifact, {"exit1": 0.5})
+    proven = replace(plain, promise=replace(plain.promise, kind="max-drop", confidence=0.95))
+    with pytest.raises(StateError, match="was proven to keep its accuracy, which a device without labels cannot prove again"):
+        Learner(artifact.with_profile("other", proven), "other")
+    sets = Conformal(0.1, "general", dict.fromkeys(artifact.plan.exit_names, 0.8), 100)
+    with pytest.raises(StateError, match="has sets of classes, which hold for its heads as they were calibrated"):
+        Learner(artifact.with_profile("other", replace(plain, conformal=sets)), "other")
 
 
 @pytest.mark.parametrize("policy", ["entropy", "patience"])

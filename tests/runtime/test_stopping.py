@@ -218,6 +218,22 @@ def test_a_trace_under_one_exit_is_its_visit_and_goes_on_to_the_end_where_asked(
     assert (session.trace(x).visits, session.trace(x).answer.exit) == ((), FINAL)
 
 
+@pytest.mark.parametrize("only", ["exit3", FINAL])
+def test_a_trace_under_one_exit_ends_where_run_does_whatever_the_profile_would(only):
+    session = session_of(profile_of("top1", {"exit1": 0.0}))
+    session.use(exit=only)
+    x = inputs(1)
+    assert session.run(x).exit == session.trace(x, to_end=True).answer.exit == only
+
+
+def test_other_thresholds_than_the_profiles_have_no_sets():
+    sets = Conformal(0.1, "general", dict.fromkeys((*NAMES, FINAL), 0.8), 100)
+    session = session_of(replace(profile_of("top1", {"exit1": 0.0}), conformal=sets))
+    assert session.run(inputs(1)).prediction_set is not None
+    session.change_exits(settings={"exit1": ExitSetting(True, 0.1, 1.0)})
+    assert session.run(inputs(1)).prediction_set is None
+
+
 def test_one_exit_runs_under_any_mask_where_no_profile_is_in_use():
     artifact = skipping()[1]
     session, x = Session(artifact), pictures(2)
@@ -290,7 +306,8 @@ def test_the_surest_rows_leave_first_and_the_batch_keeps_its_budget(policy, budg
     share = {name: macs / four_exits().plan.full_macs for name, macs in four_exits().plan.macs_at(exits).items()}
     assert [answer.macs / four_exits().plan.full_macs for answer in answers] == [share[answer.exit] for answer in answers]
     assert costs(exits)[0] < np.mean([share[answer.exit] for answer in answers]) <= budget
-    sureness, still = sureness_of(policy, exits, logits, {}), np.arange(40)
+    ranked_by = {"patience": "top1", "jei": "gates"}.get(policy, policy)
+    sureness, still = sureness_of(ranked_by, exits, logits, {}), np.arange(40)
     for name in exits:
         left = [n for n in still if answers[n].exit == name]
         stayed = [n for n in still if answers[n].exit != name]

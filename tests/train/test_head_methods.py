@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import exitify
-from exitify.artifact.artifact import HEADS_FILE, Artifact
+from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact
 from exitify.errors import DataError, PlanError
 from exitify.runtime.session import Session
 from exitify.train import heads as training
@@ -93,6 +93,61 @@ def test_class_means_are_the_nearest_mean_of_the_features(tmp_path: Path) -> Non
         assert (recorded.logits[point.name].argmax(1) == nearest).mean() > 0.99  # features were recorded in float16
     accuracy = (recorded.logits["exit2"].argmax(1) == samples.labels).mean()
     assert accuracy > 0.5
+
+
+def test_class_means_give_the_probabilities_of_equal_normal_distributions_around_them(tmp_path: Path) -> None:
+    options = HeadTraining(copies=1, augmentation="none", method="class-means")
+    trained = train(fresh("linear"), tmp_path, options)
+    samples = digits.samples_of("train")
+    rows, _ = training._split(samples, options)
+    recorded = Session(trained).record(samples.inputs(slice(0, len(samples))))
+    z, labels = recorded.features["exit2"][rows].astype(np.float64), samples.labels[rows]
+    means = np.stack([z[labels == c].mean(0) for c in range(10)])
+    variance = ((z - means[labels]) ** 2).mean()
+    density = -((z[:, None] - means[None]) ** 2).sum(2) / (2 * variance)
+    expected = np.exp(density - density.max(1, keepdims=True))
+    expected /= expected.sum(1, keepdims=True)
+    logits = recorded.logits["exit2"][rows]
+    found = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(found / found.sum(1, keepdims=True), expected, atol=0.02)  # features were recorded in float16
+
+
+def test_gates_need_an_epoch_after_the_warm_up(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="one epoch is all warm-up"):
+        train(fresh(), tmp_path, replace(JEI, epochs=1))
+
+
+def test_what_others_wait_for_is_left_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainings share a recording; one that is interrupted goes on after the other has ended."""
+    quick = HeadTraining(epochs=2, copies=1, batch=100)
+    whole = train(fresh(), tmp_path / "alone", quick)
+    epoch = training._train_epoch
+
+    def interrupted(*given: object, **named: object) -> None:
+        if given[-1] == 1:
+            raise KeyboardInterrupt
+        epoch(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(), tmp_path / "both", quick)
+    monkeypatch.setattr(training, "_train_epoch", epoch)
+    train(fresh("conv16", "identity"), tmp_path / "both", quick)
+    (folder,) = (tmp_path / "both").iterdir()
+    assert len(list(folder.glob("checkpoint-*.pt"))) == 1
+    assert bytes(train(fresh(), tmp_path / "both", quick).files[HEADS_FILE]) == bytes(whole.files[HEADS_FILE])
+    assert not list((tmp_path / "both").iterdir())
+
+
+def test_pictures_that_become_other_inputs_are_recorded_anew(tmp_path: Path) -> None:
+    quick = HeadTraining(epochs=1, copies=1, batch=100)
+    artifact = fresh()
+    train(artifact, tmp_path, quick, keep_recorded=True)
+    contract = artifact.manifest.input
+    assert contract.preprocess is not None
+    other = replace(artifact.manifest, input=replace(contract, preprocess=replace(contract.preprocess, mean=(0.9,))))
+    train(build_artifact(other, artifact.files), tmp_path, quick, keep_recorded=True)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("head", "cascade"), [("conv16", "none"), ("linear", "identity")])
