@@ -20,8 +20,8 @@ from tests import digits
 PLACES = "stage1,stage2"
 
 
-def fresh(head: str = "conv16", cascade: str = "none", exits: str = PLACES) -> Artifact:
-    torch.manual_seed(0)
+def fresh(head: str = "conv16", cascade: str = "none", exits: str = PLACES, seed: int = 0) -> Artifact:
+    torch.manual_seed(seed)
     x = torch.zeros(1, *digits.loaded().contract.shape)
     program = exitify.transform(digits.network(), x, exits=exits, head=head, cascade=cascade)
     return exitify.export(program, contract=digits.loaded().contract, heads_trained=False)
@@ -171,15 +171,18 @@ def test_an_unknown_method_is_refused_with_those_there_are(tmp_path: Path) -> No
     assert "distillation, jei, class-means" in str(refused.value.hint)
 
 
-def test_what_was_recorded_serves_other_heads_at_the_same_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = HeadTraining(epochs=1, copies=1, batch=100)
-    alone = train(fresh("conv16", "identity"), tmp_path / "alone", quick)
+def test_what_was_recorded_serves_other_weights_and_methods_of_heads_at_the_same_places(tmp_path: Path) -> None:
+    quick = HeadTraining(epochs=2, copies=1, batch=100)
+    as_jei = replace(quick, method="jei")
+    others = fresh("conv16", seed=1)
+    alone = train(others, tmp_path / "alone", as_jei)
     train(fresh(), tmp_path / "shared", quick, keep_recorded=True)
     (folder,) = (tmp_path / "shared").iterdir()
-    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {path.suffix for path in files} == {".features"}
-    both = train(fresh("conv16", "identity"), tmp_path / "shared", quick, keep_recorded=True)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()}.keys() == files.keys()
+    assert {path.suffix for path in folder.iterdir()} == {".features"}
+    names = {path.name for path in folder.iterdir()}
+    both = train(others, tmp_path / "shared", as_jei, keep_recorded=True)
+    assert list((tmp_path / "shared").iterdir()) == [folder]
+    assert {path.name for path in folder.iterdir()} == names
     assert bytes(both.files[HEADS_FILE]) == bytes(alone.files[HEADS_FILE])
 
 
