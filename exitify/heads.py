@@ -98,13 +98,18 @@ class HeadWithScores(nn.Module):
         """Logits `(N, classes)`, z `(N, features)`, scores `(N, 4)` as `exitify.plan.SCORES` names them."""
         z = self.path.joined(self.body(self.pool(value)), previous)
         logits = self.path.added(self.classifier(z), previous)
-        log_p = functional.log_softmax(logits / self.temperature, dim=1)
-        p = log_p.exp()
-        log_q = functional.log_softmax(log_p + log_p, dim=1)  # p² / Σp²
-        entropy = -(p * log_p).sum(dim=1, keepdim=True)
-        renyi_entropy = -(log_q.exp() * log_q).sum(dim=1, keepdim=True)
-        top = p.topk(2, dim=1).values
-        return logits, z, torch.cat((top[:, :1], entropy, top[:, :1] - top[:, 1:], renyi_entropy), dim=1)
+        return logits, z, scores_of(logits / self.temperature)
+
+
+def scores_of(logits: torch.Tensor) -> torch.Tensor:
+    """Scores `(N, 4)`, as `exitify.plan.SCORES` names them, of logits `(N, classes)` at their temperature."""
+    log_p = functional.log_softmax(logits, dim=1)
+    p = log_p.exp()
+    log_q = functional.log_softmax(log_p + log_p, dim=1)  # p² / Σp²
+    entropy = -(p * log_p).sum(dim=1, keepdim=True)
+    renyi_entropy = -(log_q.exp() * log_q).sum(dim=1, keepdim=True)
+    top = p.topk(2, dim=1).values
+    return torch.cat((top[:, :1], entropy, top[:, :1] - top[:, 1:], renyi_entropy), dim=1)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

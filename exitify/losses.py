@@ -60,7 +60,12 @@ def per_sample(outputs: ExitOutputs, y: torch.Tensor) -> torch.Tensor:
         DataError: labels that the network does not have.
     """
     _check(outputs, y)
-    return torch.stack([functional.cross_entropy(_full(logits), y, reduction="none") for logits in outputs.logits], dim=1)
+    return cross_entropies(outputs.logits, y)
+
+
+def cross_entropies(logits: Sequence[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each sample at each exit, `(N, exits)`, of logits `(N, classes)` each; labels are not looked at."""
+    return torch.stack([functional.cross_entropy(_full(each), y, reduction="none") for each in logits], dim=1)
 
 
 def ramp(network: Program | Plan, progress: float, schedule: Schedule = "paper") -> tuple[float, ...]:

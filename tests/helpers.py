@@ -96,3 +96,13 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of everything that training could change."""
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same_in_both_modes(program: Program, model: nn.Module, x: torch.Tensor, seed: int) -> None:
+    """To the bit; and training does something else than eval(), so that both were looked at."""
+    assert torch.equal(program(x), model(x))
+    torch.manual_seed(seed)
+    expected = model.train()(x)
+    torch.manual_seed(seed)
+    assert torch.equal(program.train()(x).final, expected)
+    assert not torch.equal(expected, model.eval()(x))

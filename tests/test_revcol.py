@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import exitify
 from examples.revcol_t.model import LEAST_ALPHA, Level, RevCol, StochasticDepth, revcol_t
-from tests.helpers import assert_close, run_segments
+from tests.helpers import assert_close, assert_same_in_both_modes, run_segments
 
 CHANNELS, CLASSES = (8, 12, 16, 20), 5
 
@@ -164,13 +164,7 @@ def test_alphas_start_at_a_half_and_the_first_column_has_none():
 def test_a_captured_revcol_answers_as_the_model_in_both_modes(batch, seed):
     model = tiny()
     program = copy.deepcopy(exitify.capture(model, images()))
-    x = images(batch)
-    assert torch.equal(program(x), model(x))
-    torch.manual_seed(seed)
-    expected = model.train()(x)
-    torch.manual_seed(seed)
-    assert torch.equal(program.train()(x).final, expected)
-    assert not torch.equal(expected, model.eval()(x))
+    assert_same_in_both_modes(program, model, images(batch), seed)
 
 
 def test_stochastic_depth_stays_one_node_of_a_captured_revcol():

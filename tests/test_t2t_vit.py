@@ -19,7 +19,7 @@ from exitify.heads import head_cost
 from exitify.plan import FINAL
 from exitify.program import HEADS, Program
 from exitify.train.jei_dnn import MOST_WARMUP_EPOCHS, JeiDnn, gate_operations, relative_costs
-from tests.helpers import assert_close, run_segments, state
+from tests.helpers import assert_close, assert_same_in_both_modes, run_segments, state
 
 TABLE_2 = [414.3, 538.2, 662.1, 786, 909.9, 1034, 1158]
 """Multiply-adds to each exit of T2T-ViT-7 on CIFAR-10, in millions (Regol et al. 2024)."""
@@ -230,13 +230,7 @@ def test_parameters_have_the_names_of_the_published_weights():
 def test_the_program_answers_as_the_model_in_both_modes(batch, seed):
     model = tiny()
     program = copy.deepcopy(with_exits(model, images()))
-    x = images(batch)
-    assert torch.equal(program(x), model(x))
-    torch.manual_seed(seed)
-    expected = model.train()(x)
-    torch.manual_seed(seed)
-    assert torch.equal(program.train()(x).final, expected)
-    assert not torch.equal(expected, model.eval()(x))
+    assert_same_in_both_modes(program, model, images(batch), seed)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

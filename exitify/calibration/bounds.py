@@ -48,16 +48,11 @@ def mean_bound(losses: NDArray[Any], bound: Bound, *, confidence: float, least: 
     Args:
         losses: `(N,)`, in the order drawn, which the betting bound depends on. bound, least: As for `p_value`.
     """
-    low, high = least, 1.0
-    if p_value(losses, high, bound, confidence=confidence, least=least) > 1.0 - confidence:
-        return 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if p_value(losses, middle, bound, confidence=confidence, least=least) > 1.0 - confidence:
-            low = middle
-        else:
-            high = middle
-    return high
+
+    def is_proven(rate: float) -> bool:
+        return p_value(losses, rate, bound, confidence=confidence, least=least) <= 1.0 - confidence
+
+    return _smallest(is_proven, least) if is_proven(1.0) else 1.0
 
 
 def samples_needed(rate: float, confidence: float, bound: Bound = "clopper-pearson", *, least: float = 0.0) -> int:
@@ -119,13 +114,15 @@ def upper_bound(successes: int, trials: int, confidence: float) -> float:
     """
     if successes >= trials:
         return 1.0
-    low, high = 0.0, 1.0
+    return _smallest(lambda rate: binomial_tail(successes, trials, rate) <= 1.0 - confidence, 0.0)
+
+
+def _smallest(is_proven: Callable[[float], bool], low: float) -> float:
+    """The smallest rate from which on all up to 1 are proven."""
+    high = 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        if binomial_tail(successes, trials, middle) > 1.0 - confidence:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if is_proven(middle) else (middle, high)
     return high
 
 

@@ -237,6 +237,10 @@ def train(
         raise ExitifyError(
             f"--method {method} is no way to train heads alone, which are {', '.join(METHODS)}", "give --model to train the whole network"
         )
+    if method in ("jei", "class-means"):
+        _require_defaults(f"is no part of --method {method}", distillation=(distillation, None))
+    if method != "jei":
+        _require_defaults("weighs the network's cost for gates", "give --method jei, or leave it out", cost_weight=(cost_weight, 1.0))
     opened = Artifact.open(artifact)
     samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
     distillation = 0.9 if distillation is None else distillation

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from exitify.errors import DataError, PlanError
+from exitify.heads import scores_of
+from exitify.losses import cross_entropies
 from exitify.passes.cost import device_of
 from exitify.plan import SCORES, Plan
 from exitify.program import HEADS, ExitOutputs, in_mode
@@ -316,13 +318,7 @@ def gate_features(logits: torch.Tensor) -> torch.Tensor:
     Appendix 9.9, with entropies as they are usually signed. No gradient reaches the logits: that is the second term of
     Eq. 14, which the paper leaves out (appendix 9.7).
     """
-    log_p = functional.log_softmax(logits.detach().float(), dim=1)
-    p = log_p.exp()
-    log_q = functional.log_softmax(log_p + log_p, dim=1)
-    entropy = -(p * log_p).sum(dim=1)
-    renyi_entropy = -(log_q.exp() * log_q).sum(dim=1)
-    top = p.topk(2, dim=1).values
-    return torch.stack((top[:, 0], entropy, top[:, 0] - top[:, 1], renyi_entropy), dim=1)
+    return scores_of(logits.detach().float())
 
 
 def exit_probabilities(g: torch.Tensor) -> torch.Tensor:
@@ -345,11 +341,6 @@ def stop_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
 def _left(shares: torch.Tensor) -> torch.Tensor:
     """What the shares before it leave of 1 to each column, and to one column more."""
     return (1 - functional.pad(shares.cumsum(dim=1), (1, 0))).clamp(min=0)
-
-
-def cross_entropies(logits: Sequence[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each sample at each exit, `(N, L)`, in float32."""
-    return torch.stack([functional.cross_entropy(each.float(), y, reduction="none") for each in logits], dim=1)
 
 
 def best_exits(losses: torch.Tensor, costs: torch.Tensor, cost_weight: float) -> torch.Tensor:

@@ -51,6 +51,11 @@ def test_a_cascade_is_asked_for_and_shown(folder: Path) -> None:
     [
         (("train", "linear.exitify", "--data", "train.npz", "--method", "joint"), "--method joint is no way to train heads alone"),
         (("train", "linear.exitify", "--data", "train.npz", "--method", "magic"), "--method magic is no way to train heads alone"),
+        (
+            ("train", "linear.exitify", "--data", "train.npz", "--method", "jei", "--distillation", 0.5),
+            "--distillation is no part of --method jei",
+        ),
+        (("train", "linear.exitify", "--data", "train.npz", "--cost-weight", 2), "--cost-weight weighs the network's cost for gates"),
         (("transform", *MODEL, "--cascade", "sideways", "-o", "n.exitify"), "there is no path 'sideways'"),
         (
             ("transform", "digits_net:build", "--data", "train.npz", "--cascade", "identity", "-o", "n.exitify"),
@@ -58,7 +63,7 @@ def test_a_cascade_is_asked_for_and_shown(folder: Path) -> None:
         ),
         (("calibrate", "linear.exitify", "--data", "test.npz", "--max-drop", 0.02, "--policy", "gates"), "heads are untrained"),
     ],
-    ids=["of the network", "unknown", "path", "searched", "untrained"],
+    ids=["of the network", "unknown", "distillation", "cost", "path", "searched", "untrained"],
 )
 def test_what_does_not_go_together_is_refused(folder: Path, arguments: tuple[object, ...], problem: str) -> None:
     refused(exitify(*arguments, folder=folder), problem)

@@ -12,7 +12,7 @@ import torch
 import exitify
 from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact
 from exitify.errors import DataError, PlanError
-from exitify.runtime.session import Session
+from exitify.runtime.session import Recording, Session
 from exitify.train import heads as training
 from exitify.train.heads import HeadTraining, train_heads
 from tests import digits
@@ -80,12 +80,17 @@ def test_an_interrupted_jei_training_goes_on_to_the_same_bytes(tmp_path: Path, m
     assert bytes(again.files[HEADS_FILE]) == bytes(whole.files[HEADS_FILE])
 
 
-def test_class_means_are_the_nearest_mean_of_the_features(tmp_path: Path) -> None:
+def class_means(work: Path) -> tuple[Artifact, np.ndarray, Recording]:
+    """An artifact of class means, the rows that they are of, and what it says of all training samples."""
     options = HeadTraining(copies=1, augmentation="none", method="class-means")
-    trained = train(fresh("linear"), tmp_path, options)
+    trained = train(fresh("linear"), work, options)
     samples = digits.samples_of("train")
-    rows, _ = training._split(samples, options)
-    recorded = Session(trained).record(samples.inputs(slice(0, len(samples))))
+    return trained, training._split(samples, options)[0], Session(trained).record(samples.inputs(slice(0, len(samples))))
+
+
+def test_class_means_are_the_nearest_mean_of_the_features(tmp_path: Path) -> None:
+    trained, rows, recorded = class_means(tmp_path)
+    samples = digits.samples_of("train")
     for point in trained.plan.exits:
         z = recorded.features[point.name]
         means = np.stack([z[rows][samples.labels[rows] == c].mean(0) for c in range(10)])
@@ -96,12 +101,8 @@ def test_class_means_are_the_nearest_mean_of_the_features(tmp_path: Path) -> Non
 
 
 def test_class_means_give_the_probabilities_of_equal_normal_distributions_around_them(tmp_path: Path) -> None:
-    options = HeadTraining(copies=1, augmentation="none", method="class-means")
-    trained = train(fresh("linear"), tmp_path, options)
-    samples = digits.samples_of("train")
-    rows, _ = training._split(samples, options)
-    recorded = Session(trained).record(samples.inputs(slice(0, len(samples))))
-    z, labels = recorded.features["exit2"][rows].astype(np.float64), samples.labels[rows]
+    _, rows, recorded = class_means(tmp_path)
+    z, labels = recorded.features["exit2"][rows].astype(np.float64), digits.samples_of("train").labels[rows]
     means = np.stack([z[labels == c].mean(0) for c in range(10)])
     variance = ((z - means[labels]) ** 2).mean()
     density = -((z[:, None] - means[None]) ** 2).sum(2) / (2 * variance)
