@@ -186,7 +186,7 @@ def train(
         str | None,
         typer.Option(
             help="Of the heads: distillation (by default), jei (with gates), class-means. With --model: joint (by default), ramp, equilibrium, "
-            "one-for-all, or skip-distillation."
+            "one-for-all, sample-weights, or skip-distillation."
         ),
     ] = None,
     cost_weight: Annotated[float, typer.Option(min=0, help="With --method jei: what the network's cost is worth, in nats of cross-entropy.")] = 1.0,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from exitify.runtime.session import Session
 from exitify.tracing import capture
 from exitify.train.augment import Augmentation, augment
 from exitify.train.norms import reestimate_norms
+from exitify.train.sample_weights import SampleWeights
 from exitify.train.skip_distillation import SkipAwareDistillation, program_of
 from exitify.train.work import name_of, save_checkpoint, torch_threads
 
@@ -51,6 +52,16 @@ Losses = Callable[[torch.Tensor, torch.Tensor, float, losses.Criterion], Iterabl
 """From inputs, labels, the share of the training that is done, in [0, 1), and the loss of one exit, to losses whose gradients
 add up. Each follows one forward pass, and is asked for after the backward pass of the one before, as DistributedDataParallel wants it."""
 
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Losses that learn themselves."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 FINITE_EVERY = 50
 """After so many steps the losses so far are looked at: to look at each would keep a GPU waiting."""
 
@@ -62,20 +73,25 @@ NORM_SAMPLES = 2048
 class Method:
     """A way to train a network with its exits.
 
-    losses: Makes the losses of a model in `train()`, a Program or what wraps one.
+    losses: Makes the losses of a model in `train()`, a Program or what wraps one, and the optimizer of its parameters. Where they have
+        a state of their own, `state_dict` and `load_state_dict`, checkpoints hold it.
     rewrite: What the program becomes while it is trained; the weights are shared, and nothing of it is exported.
     learns: `exits`: the network and its heads; `skips`: the network with all skip paths and with none, heads are left for later.
+    own_criterion: Why it has no place for distillation from the network as it was; empty where it has.
     """
 
-    losses: Callable[[nn.Module], Losses]
+    losses: Callable[[nn.Module, torch.optim.Optimizer], Losses]
     rewrite: Callable[[Program], Program] | None = None
     learns: Literal["exits", "skips"] = "exits"
+    own_criterion: str = ""
 
 
-def of_outputs(loss: Callable[[ExitOutputs, torch.Tensor, Plan, float, losses.Criterion], torch.Tensor]) -> Callable[[nn.Module], Losses]:
+def of_outputs(
+    loss: Callable[[ExitOutputs, torch.Tensor, Plan, float, losses.Criterion], torch.Tensor],
+) -> Callable[[nn.Module, torch.optim.Optimizer], Losses]:
     """A method's losses where one forward pass has one loss."""
 
-    def bound(model: nn.Module) -> Losses:
+    def bound(model: nn.Module, _optimizer: torch.optim.Optimizer) -> Losses:
         plan = program_of(model).plan
         return lambda x, y, done, criterion: (loss(model(x, all_exits=True), y, plan, done, criterion),)
 
@@ -94,9 +110,20 @@ def _one_for_all(outputs: ExitOutputs, y: torch.Tensor, plan: Plan, done: float,
     return losses.one_for_all(outputs, y, criterion=criterion)
 
 
-def _skip_distillation(model: nn.Module) -> Losses:
+def _skip_distillation(model: nn.Module, _optimizer: torch.optim.Optimizer) -> Losses:
     method = SkipAwareDistillation(model)
     return lambda x, y, done, criterion: method.losses(x, y)
+
+
+class _SampleWeights:
+    """Samples weighed at each exit by what a step of the optimizer would do; what weighs them learns too."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        method = SampleWeights(model, step=optimizer)
+        self.method, self.state_dict, self.load_state_dict = method, method.state_dict, method.load_state_dict
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, _done: float, _criterion: losses.Criterion) -> tuple[torch.Tensor]:
+        return (self.method(x, y),)
 
 
 METHODS: Mapping[str, Method] = {
@@ -104,7 +131,8 @@ METHODS: Mapping[str, Method] = {
     "ramp": Method(of_outputs(_ramp)),
     "equilibrium": Method(of_outputs(_joint), rewrite=EquilibrateGradients()),
     "one-for-all": Method(of_outputs(_one_for_all)),
-    "skip-distillation": Method(_skip_distillation, learns="skips"),
+    "sample-weights": Method(_SampleWeights, own_criterion="weighs what samples lose on their labels"),
+    "skip-distillation": Method(_skip_distillation, learns="skips", own_criterion="distils from the network as it becomes, not as it was"),
 }
 """Every method by its name; one more is one more line."""
 
@@ -115,6 +143,7 @@ class TrainingOptions:
 
     method: One of `METHODS`: every exit's loss alike; `ramp`, early exits' from next to nothing up to their cost; `equilibrium`,
         alike, with gradients that do not grow with the number of exits; `one-for-all`, the last exit teaches the others;
+        `sample-weights`, each exit's samples weighed by what makes exits good at those that will leave there;
         `skip-distillation`, the network teaches itself with its skip paths left out.
     distillation: Weight of the divergence from what the network answered before the training, against the label, in every exit's loss,
         in [0, 1]: a network that knows its training samples by heart has little to learn from their labels.
@@ -396,8 +425,8 @@ def _check(options: TrainingOptions, artifact: Artifact) -> Method:
         raise PlanError(f"the artifact has no exits to train with {options.method}", "transform with `--exits auto` or a number")
     if method.learns == "skips" and not artifact.plan.skips:
         raise PlanError(f"the artifact has no skip paths to train with {options.method}", "transform with `--skips auto`")
-    if method.learns == "skips" and options.distillation:
-        raise DataError(f"{options.method} distils from the network as it becomes, not as it was", "leave out --distillation")
+    if method.own_criterion and options.distillation:
+        raise DataError(f"{options.method} {method.own_criterion}", "leave out --distillation")
     if method.learns == "exits" and artifact.plan.skips:
         log.warning(
             "%s does not train skip paths: what leaving them out has learnt will fit the network less; skip-distillation trains both", options.method
@@ -457,10 +486,12 @@ class _Training:
             self.model = nn.parallel.DistributedDataParallel(
                 self.inner, [device] if device.type == "cuda" else None, find_unused_parameters=method.learns == "skips"
             )
-        self.losses = method.losses(self.model)
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.inner, options.weight_decay), options.learning_rate, momentum=options.momentum, nesterov=True
         )
+        with torch.random.fork_rng(devices=[]):  # a method's own parameters are drawn anew, and come from the checkpoint after an interruption
+            torch.manual_seed(options.seed)
+            self.losses = method.losses(self.model, self.optimizer)
 
     def run(
         self,
@@ -584,11 +615,15 @@ class _Training:
         state = torch.load(path, weights_only=True, map_location=self.device)
         self.inner.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(self.losses, Stateful):
+            self.losses.load_state_dict(state["losses"])
         return [EpochReport(**report) for report in state["reports"]]
 
     def _save(self, path: Path, reports: list[EpochReport]) -> None:
         """Write what the next epoch begins with; rates and random numbers follow from which epoch it is."""
         state = {"model": self.inner.state_dict(), "optimizer": self.optimizer.state_dict(), "reports": [asdict(report) for report in reports]}
+        if isinstance(self.losses, Stateful):
+            state["losses"] = self.losses.state_dict()
         save_checkpoint(state, path)
 
 

@@ -36,6 +36,7 @@ from exitify.runtime.session import Session
 from exitify.train import end_to_end
 from exitify.train.augment import augment
 from exitify.train.end_to_end import METHODS, EpochReport, Method, TrainingOptions, learning_rate, parameter_groups, replay, train_network
+from exitify.train.sample_weights import SampleWeights
 from tests import digits, skipping
 from tests.cli import console
 from tests.cli.console import contents, refused
@@ -326,7 +327,7 @@ def test_the_precision_is_that_of_the_forward_pass_alone(tmp_path: Path, monkeyp
             seen.append(("backward", torch.is_autocast_enabled("cpu")))
             return gradients[0]
 
-    def two(model: nn.Module) -> Any:
+    def two(model: nn.Module, _optimizer: torch.optim.Optimizer) -> Any:
         return lambda x, y, done, criterion: (criterion(Watched.apply(model(x).final), y) for _ in range(2))
 
     monkeypatch.setitem(METHODS, "two", Method(two))  # type: ignore[attr-defined]
@@ -470,6 +471,23 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path: Path, undis
     assert reports == undisturbed[1]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_weighs_samples_learns_and_goes_on_after_an_interruption(tmp_path: Path, precision: Any) -> None:
+    options = replace(QUICK, method="sample-weights", epochs=2, precision=precision)
+    straight, reports = train(tmp_path / "straight", options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "interrupted", options, progress=interrupt(9))
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    state = torch.load(checkpoint, weights_only=True)["losses"]
+    assert state["batches"] == 6
+    torch.manual_seed(options.seed)
+    drawn = SampleWeights(replay(fresh(), tiny())).network.state_dict()
+    assert not any(torch.equal(state["network"][name], tensor) for name, tensor in drawn.items())
+    resumed, again = train(tmp_path / "interrupted", options)
+    assert content(resumed) == content(straight)
+    assert again == reports
+
+
 def test_other_options_start_anew_and_leave_the_interrupted_training_be(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, progress=interrupt(8))
@@ -555,7 +573,7 @@ def never(*_: Any) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"method": "boosting"}, r"there is no method 'boosting'\n  hint: there are joint, ramp, equilibrium, one-for-all, skip-distillation"),
+    "method": ({"method": "boosting"}, r"there is no method 'boosting'\n  hint: there are joint, ramp, equilibrium, one-for-all, sample-weights, skip-distillation"),
     "schedule": ({"schedule": "linear"}, "there is no schedule 'linear'\n  hint: there are cosine, step"),
     "augmentation": ({"augmentation": "flip"}, "there is no augmentation 'flip'"),
     "epochs": ({"epochs": 0}, "epochs is 0\n  hint: it must be at least 1"),
@@ -589,6 +607,8 @@ def test_methods_are_refused_where_there_is_nothing_to_learn(tmp_path: Path) -> 
     options = replace(QUICK, method="skip-distillation", distillation=0.5)
     with pytest.raises(DataError, match="skip-distillation distils from the network as it becomes"):
         train(tmp_path, options, artifact=skipping.skipping()[1], progress=never)
+    with pytest.raises(DataError, match="sample-weights weighs what samples lose on their labels\n  hint: leave out --distillation"):
+        train(tmp_path, replace(QUICK, method="sample-weights", distillation=0.5), progress=never)
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
