@@ -21,7 +21,8 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Precision
 from exitify.errors import first_line
-from exitify.lower import convolution, linear
+from exitify.lower import linear
+from exitify.lower.blocked import to_blocks
 from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.lift_constants import lift_constants
 from exitify.lower.precision import to_half
@@ -114,7 +115,7 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precisio
     """Operators to kernels; element-wise ones joined to what they follow."""
     forms = {}
     if isinstance(machine, Machine):
-        forms = {"relax.nn.conv2d": convolution.legalize(machine.vectors), "relax.matmul": linear.legalize(machine.vectors)}
+        forms = {"relax.matmul": linear.legalize(machine.vectors)}
     passes = [
         transform.LegalizeOps(forms),
         transform.FoldConstant(),
@@ -126,7 +127,9 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precisio
     try:
         with machine.target:
             module = tvm.transform.Sequential([transform.FoldConstant(), transform.DecomposeOpsForInference(), transform.FoldConstant()])(module)
-            fused = tvm.transform.Sequential(passes)(to_half(module) if precision == "fp16" else module)
+            module = to_half(module) if precision == "fp16" else module
+            module = to_blocks(module, machine.vectors) if isinstance(machine, Machine) else module
+            fused = tvm.transform.Sequential(passes)(module)
     except Exception as error:
         raise not_lowered(segment, first_line(error)) from error
     left: list[str] = []
