@@ -76,6 +76,25 @@ def out_of_blocks(blocks: te.Tensor, channels: int) -> te.Tensor:
     return te.compute((images, channels, height, width), lambda n, c, y, x: blocks[n, c // block, y, x, c % block], name="out_of_blocks")
 
 
+def from_channels_last(image: te.Tensor, block: int) -> te.Tensor:
+    """Return `(N, H, W, C)` in blocks, zeros past the last channel."""
+    images, height, width, channels = image.shape
+    whole = int(channels) % block == 0
+
+    def value(n: Any, c: Any, y: Any, x: Any, v: Any) -> Any:
+        channel = c * block + v
+        found = image[n, y, x, channel]
+        return found if whole else tirx.if_then_else(channel < channels, found, tirx.const(0, image.dtype))
+
+    return te.compute((images, -(-int(channels) // block), height, width, block), value, name="into_blocks")
+
+
+def channels_last(blocks: te.Tensor, channels: int) -> te.Tensor:
+    """Return what is in blocks as `(N, H, W, C)`."""
+    images, _, height, width, block = blocks.shape
+    return te.compute((images, height, width, channels), lambda n, y, x, c: blocks[n, c // block, y, x, c % block], name="channels_last")
+
+
 def block_constant(array: NDArray[Any], block: int) -> NDArray[Any]:
     """Return one number a channel or a whole image, `(C, 1, 1)` or `(N, C, H, W)`, in blocks, zeros past the last channel."""
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)
@@ -104,20 +123,25 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
             "relax.nn.adaptive_avg_pool2d": self._adaptive_pool,
             "relax.mean": self._mean,
             "relax.concat": self._concat,
+            "relax.permute_dims": self._from_channels_last,
             "relax.call_tir": self._limit,
             **dict.fromkeys(ONE_BY_ONE, self._one_by_one),
             **dict.fromkeys(TWO_BY_TWO, self._two_by_two),
         }
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        call = binding.value
-        rule = self.rules.get(call.op.name) if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) else None
-        made = rule(call) if rule is not None else None
+        call, is_output = binding.value, not isinstance(binding.var, relax.DataflowVar)
+        name = call.op.name if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) else ""
+        rows = self._channels_last(call) if name == "relax.permute_dims" else None
+        if rows is not None:
+            self.set_var_remap(binding.var, self.builder_.emit_output(rows) if is_output else self.builder_.emit(rows))
+            return
+        made = self.rules[name](call) if name in self.rules else None
         if made is None:
             super().visit_var_binding_(binding)
             return
         self.in_blocks[binding.var] = self.builder_.emit(made)
-        if not isinstance(binding.var, relax.DataflowVar):
+        if is_output:
             self.in_rows.add(binding.var)
             self.set_var_remap(binding.var, self.builder_.emit_output(self._rows_of(binding.var)))
 
@@ -256,6 +280,22 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         if not all(isinstance(part, relax.Var) and _sizes(part) and int(part.ty.shape[1]) % self.block == 0 for part in parts):
             return None
         return relax.Call(call.op, [relax.Tuple([self._blocks_of(part) for part in parts])], call.attrs)
+
+    def _channels_last(self, call: relax.Call) -> relax.Expr | None:
+        """Channels moved to the end, out of the blocks at once."""
+        (data,), axes = call.args, [int(axis) for axis in call.attrs.axes or ()]
+        if axes != [0, 2, 3, 1] or not self._is_blocked(data):
+            return None
+        channels = int(data.ty.shape[1])
+        return self._call(lambda blocks: channels_last(blocks, channels), self._blocks_of(data), name="channels_last", pattern=OPAQUE)
+
+    def _from_channels_last(self, call: relax.Call) -> relax.Expr | None:
+        """Channels moved back from the end, into blocks at once."""
+        (data,), axes = call.args, [int(axis) for axis in call.attrs.axes or ()]
+        if axes != [0, 3, 1, 2] or not (isinstance(data, relax.Var) and _sizes(data) and data.ty.dtype == "float32"):
+            return None
+        rows = self.visit_expr(data)
+        return self._call(lambda image: from_channels_last(image, self.block), rows, name="into_blocks", pattern=OPAQUE)
 
     def _limit(self, call: relax.Call) -> relax.Expr | None:
         """A clip, of which TVM's importer makes kernels at once."""

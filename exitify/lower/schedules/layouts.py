@@ -25,6 +25,12 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
         sch.reorder(n, c, y, x, lane)
         outer = [n, c, y]
         sch.unroll(lane)
+    elif "channels_last" in blocks and len(blocks) == 1:
+        n, y, x, c = sch.get_loops(blocks["channels_last"])
+        c, lane = sch.split(c, [None, vectors.lanes])
+        outer = [n, y]
+        x = sch.fuse(x, c)
+        sch.vectorize(lane)
     else:
         return None
     if math.prod(extent(sch, loop) for loop in (*outer, x, lane)) >= SMALLEST_SHARED:
