@@ -1,0 +1,69 @@
+"""Winograd convolution (`exitify.lower.winograd`) with whatever was fused behind it as its epilogue."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
+
+from exitify.lower.schedules.blocks import child_blocks, extent, inline_between
+from exitify.lower.vectors import Vectors
+from exitify.lower.winograd import TILES
+
+
+def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
+    """A strip of tiles at a time, from the image to the result."""
+    sch = Schedule(func)
+    blocks = child_blocks(sch)
+    if "winograd" not in blocks:
+        return None
+    rows, columns, product = blocks["image_rows"], blocks["image_columns"], blocks["winograd"]
+    halves, sums = blocks["output_rows"], blocks["output_columns"]
+    epilogue = inline_between(sch, "output_columns")
+    tiles = int(sch.get(product).annotations[TILES])
+    filters = extent(sch, sch.get_loops(product)[6])
+    _, _, _, tile_rows, tile, *_ = (extent(sch, loop) for loop in sch.get_loops(sums))
+    n, o, y, x, v = sch.get_loops(epilogue)
+    block, part = sch.split(o, [None, filters // vectors.lanes])
+    strip, row = sch.split(y, [None, tile_rows * tile])
+    sch.reorder(n, strip, block, part, row, x, v)
+    sch.vectorize(v)
+
+    sch.compute_at(sums, block, preserve_unit_loops=True)
+    r, i, across, j, w = sch.get_loops(sums)[-5:]
+    several, lane = sch.split(w, [None, vectors.lanes])
+    sch.reorder(r, across, several, i, j, lane)
+    sch.compute_at(halves, several, preserve_unit_loops=True)
+    _unrolled(sch, i, j, lane)
+    _unrolled(sch, *sch.get_loops(halves)[-3:])
+
+    sch.compute_at(product, block, preserve_unit_loops=True)
+    k, j, t, w, channel_block, channel = sch.get_loops(product)[-6:]
+    group, t = sch.split(t, [None, tiles])
+    several, lane = sch.split(w, [None, vectors.lanes])
+    sch.reorder(k, j, group, channel_block, channel, t, several, lane)
+    written = sch.cache_write(product, 0, "local")
+    sch.reverse_compute_at(written, group, preserve_unit_loops=True)
+    _unrolled(sch, t, several, lane)
+    t, w = sch.get_loops(written)[-2:]
+    _unrolled(sch, t, *sch.split(w, [None, vectors.lanes]))
+
+    sch.compute_at(columns, strip, preserve_unit_loops=True)
+    k, j, c, t, lane = sch.get_loops(columns)[-5:]
+    sch.reorder(c, t, k, j, lane)
+    _unrolled(sch, j, lane)
+    sch.compute_at(rows, c, preserve_unit_loops=True)
+    r, k, x, lane = sch.get_loops(rows)[-4:]
+    sch.reorder(r, x, k, lane)
+    _unrolled(sch, k, lane)
+    sch.parallel(sch.fuse(n, strip))
+    _unrolled(sch, *sch.get_loops(sch.decompose_reduction(product, channel_block))[-3:])
+    return sch
+
+
+def _unrolled(sch: Schedule, *loops: LoopRV) -> None:
+    """Vectorise the last loop and unroll those round it."""
+    *outer, lane = loops
+    for loop in outer:
+        sch.unroll(loop)
+    sch.vectorize(lane)
