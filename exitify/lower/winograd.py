@@ -28,6 +28,15 @@ With 0.75 and 1.5 the error is a quarter of that with the usual 1 and 2; all coe
 """
 
 
+INPUT, OUTPUT, STREAM, MISS, STRIP = 9.0, 6.5, 0.125, 0.08, 2000.0
+"""Times in multiply-adds of a vector (0.125 ns): to transform a vector of inputs or products, for a byte of weights that comes from memory, for one of
+transformed inputs that the near cache does not hold, for a strip. Fitted to the table in docs/measurements.md."""
+NEAR, FAR = 384 << 10, 20 << 20
+"""Bytes of transformed inputs that stay in the near cache; and of weights of which none stay in any."""
+GAIN = 0.95
+"""What Winograd may take of direct convolution's time at most: its rounding errors are larger, so it has to pay."""
+
+
 @dataclass(frozen=True)
 class Blocking:
     """How a convolution is divided up.
@@ -80,17 +89,15 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, blockin
     down, across = -(-shape.out_height // m), -(-shape.out_width // m)
     strips, tiles = -(-down // blocking.rows), blocking.rows * across
     computed = -(-tiles // blocking.tiles) * blocking.tiles
-    zero = tirx.const(0, data.dtype)
 
-    def pixel(n: Any, c: Any, y: Any, x: Any, v: Any) -> Any:
+    def pixel(n: Any, s: Any, c: Any, r: Any, k: Any, x: Any, v: Any) -> Any:
+        y, x = (s * blocking.rows + r) * m + k - top, x - left
         inside = tirx.all(y >= 0, y < shape.height, x >= 0, x < shape.width)
-        return tirx.if_then_else(inside, data[n, c, y, x, v], zero)
+        return tirx.if_then_else(inside, data[n, c, y, x, v], tirx.const(0, data.dtype))
 
-    rows = te.compute(
-        (images, strips, channel_blocks, blocking.rows, size, across * m + 2, lanes),
-        lambda n, s, c, r, k, x, v: _transformed(image, k, lambda j: pixel(n, c, (s * blocking.rows + r) * m + j - top, x - left, v)),
-        name="image_rows",
-    )
+    bordered = (images, strips, channel_blocks, blocking.rows, size, across * m + 2, lanes)
+    pixels = te.compute(bordered, pixel, name="image_pixels")
+    rows = te.compute(bordered, lambda n, s, c, r, k, x, v: _transformed(image, k, lambda i: pixels[n, s, c, r, i, x, v]), name="image_rows")
 
     def patch(n: Any, s: Any, k: Any, j: Any, c: Any, t: Any, v: Any) -> Any:
         known = tirx.min(t, tiles - 1) if computed > tiles else t
@@ -166,10 +173,49 @@ def _scaled(coefficient: float, term: Any) -> Any:
     return term if coefficient == 1 else term * tirx.const(coefficient, "float32")
 
 
+def tile_of(shape: Shape, vectors: Vectors) -> int:
+    """The output tile that takes least time, by estimate; 0 where direct convolution does, or no other is possible."""
+    if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
+        return 0
+    prices = {tile: _price(shape, vectors, blocking_of(shape, vectors, tile)) for tile in POINTS}
+    best = min(prices, key=prices.__getitem__)
+    return best if prices[best] < _price_of_direct(shape, vectors) * GAIN else 0
+
+
 def blocking_of(shape: Shape, vectors: Vectors, tile: int) -> Blocking:
-    """How to divide a convolution up."""
-    across = -(-shape.out_width // tile)
-    return Blocking(tile, 1, min(across, 14), vectors.lanes)
+    """How to divide a convolution up for a tile, by the same estimate."""
+    across, down = -(-shape.out_width // tile), -(-shape.out_height // tile)
+    found = [
+        Blocking(tile, rows, tiles, several * vectors.lanes)
+        for rows in sorted({-(-down // strips) for strips in range(1, down + 1)})
+        for several in (1, 2, 4)
+        for tiles in range(1, min(vectors.accumulators // several, rows * across) + 1)
+        if several * (tiles + 1) < vectors.registers and (several == 1 or (several - 1) * vectors.lanes < shape.filters)
+    ]
+    return min(found, key=lambda blocking: _price(shape, vectors, blocking))
+
+
+def _price(shape: Shape, vectors: Vectors, blocking: Blocking) -> float:
+    """Estimated time, in multiply-adds of a vector."""
+    across, down = -(-shape.out_width // blocking.tile), -(-shape.out_height // blocking.tile)
+    strips, several = -(-down // blocking.rows), blocking.filters // vectors.lanes
+    tiles = -(-blocking.rows * across // blocking.tiles) * blocking.tiles
+    positions, blocks = (blocking.tile + 2) ** 2, -(-shape.filters // blocking.filters)
+    channels = shape.channels if shape.channels < vectors.lanes else -(-shape.channels // vectors.lanes) * vectors.lanes
+    products = strips * tiles * positions * channels * blocks * several
+    loads = 0.25 * (several + blocking.tiles) / (several * blocking.tiles)
+    waiting = 0.5 * max(0.0, 1 - several * blocking.tiles / 8)
+    transforms = strips * tiles * positions * (INPUT * -(-shape.channels // vectors.lanes) + OUTPUT * blocks * several)
+    patches, weights = 4 * positions * tiles * channels, 4 * positions * channels * blocks * blocking.filters
+    missed = strips * blocks * max(0, patches - NEAR)
+    again = (strips - 1) * weights * min(1.0, weights / FAR)
+    return products * (1 + loads + waiting) + transforms + MISS * missed + STREAM * (weights + again) + STRIP * strips
+
+
+def _price_of_direct(shape: Shape, vectors: Vectors) -> float:
+    """Estimated time of direct convolution with well-filled tiles."""
+    weights = 9 * shape.channels * -(-shape.filters // vectors.lanes) * vectors.lanes
+    return 1.1 * weights * shape.out_height * shape.out_width / vectors.lanes + STREAM * 4 * weights
 
 
 def convolution(builder: relax.BlockBuilder, data: relax.Var, weight: NDArray[Any], shape: Shape, vectors: Vectors, tile: int) -> relax.Expr:

@@ -6,9 +6,12 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
-from exitify.lower.schedules.blocks import child_blocks, extent, inline_between
+from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
 from exitify.lower.vectors import Vectors
 from exitify.lower.winograd import TILES
+
+STRIPS = 4
+"""So many are shared out among the threads; of fewer, each one's channels and filters are."""
 
 
 def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
@@ -17,7 +20,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     blocks = child_blocks(sch)
     if "winograd" not in blocks:
         return None
-    rows, columns, product = blocks["image_rows"], blocks["image_columns"], blocks["winograd"]
+    pixels, rows, columns, product = (blocks[name] for name in ("image_pixels", "image_rows", "image_columns", "winograd"))
     halves, sums = blocks["output_rows"], blocks["output_columns"]
     epilogue = inline_between(sch, "output_columns")
     tiles = int(sch.get(product).annotations[TILES])
@@ -55,8 +58,14 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.compute_at(rows, c, preserve_unit_loops=True)
     r, k, x, lane = sch.get_loops(rows)[-4:]
     sch.reorder(r, x, k, lane)
+    sch.compute_at(pixels, x, preserve_unit_loops=True)
+    _unrolled(sch, *sch.get_loops(pixels)[-3:])
     _unrolled(sch, k, lane)
-    sch.parallel(sch.fuse(n, strip))
+    if extent(sch, n) * extent(sch, strip) >= STRIPS:
+        share(sch, [n, strip])
+    else:
+        share(sch, [c])
+        share(sch, [block])
     _unrolled(sch, *sch.get_loops(sch.decompose_reduction(product, channel_block))[-3:])
     return sch
 
