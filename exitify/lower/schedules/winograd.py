@@ -10,6 +10,8 @@ from exitify.lower.schedules.blocks import child_blocks, extent, inline_between,
 from exitify.lower.vectors import Vectors
 from exitify.lower.winograd import TILES
 
+LINE = 16
+"""float32 values in a line of a cache. The positions of a tile are odd numbers of lines apart: powers of two share a few places in the cache."""
 STRIPS = 4
 """So many are shared out among the threads; of fewer, each one's channels and filters are."""
 
@@ -61,6 +63,8 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.compute_at(pixels, x, preserve_unit_loops=True)
     _unrolled(sch, *sch.get_loops(pixels)[-3:])
     _unrolled(sch, k, lane)
+    for transformed, position in ((columns, 3), (written, 4)):
+        sch.storage_align(transformed, 0, position, 2 * LINE, LINE)
     if extent(sch, n) * extent(sch, strip) >= STRIPS:
         share(sch, [n, strip])
     else:
