@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tvm import relax, te, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from exitify.lower import windows
+from exitify.lower import windows, winograd
 from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE, Shape, channels_together, pack_weight, packed_convolution
 from exitify.lower.vectors import Vectors
 
@@ -194,6 +194,9 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
                 name="depthwise",
                 pattern=OUT_ELEMENTWISE_FUSABLE,
             )
+        by_winograd = winograd.tile_of(shape, self.vectors) if shape.groups == 1 and data.ty.dtype == "float32" else 0
+        if by_winograd:
+            return winograd.convolution(self.builder_, self._blocks_of(data), array, shape, self.vectors, by_winograd)
         tile = self.vectors.of(str(data.ty.dtype)).tile(shape.columns, shape.filters, shape.stride[1])
         read = shape.channels_read(tile.filters)
         if not read:
