@@ -9,7 +9,8 @@ no weight but 0 multiplies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,27 @@ TWO_BY_TWO = frozenset(f"relax.{name}" for name in ("add", "subtract", "multiply
 """The same of two values; `divide` by numbers that are known alone."""
 
 
-def to_blocks(module: tvm.IRModule, vectors: Vectors) -> tvm.IRModule:
-    """Return the module with `main` computing in blocks of channels where it can."""
-    blocks = _Blocks(module, vectors)
+@dataclass(frozen=True)
+class Borders:
+    """How a function takes and gives feature maps.
+
+    taken: Its inputs that come in blocks, by number. given: Its outputs that are given in blocks. may: Those that are, if they are in blocks anyway.
+    """
+
+    taken: Collection[int] = ()
+    given: Collection[int] = ()
+    may: Collection[int] = ()
+
+
+IN_ROWS = Borders()
+
+
+def to_blocks(module: tvm.IRModule, vectors: Vectors, borders: Borders = IN_ROWS) -> tuple[tvm.IRModule, frozenset[int]]:
+    """Return the module with `main` computing in blocks of channels where it can, and which of its outputs are in blocks."""
+    blocks = _Blocks(module, vectors, borders)
     main = module.get_global_var("main")
-    blocks.builder_.update_func(main, blocks.visit_expr(module["main"]))
-    return blocks.builder_.get()
+    blocks.builder_.update_func(main, blocks.function(module["main"]))
+    return blocks.builder_.get(), frozenset(blocks.given)
 
 
 def into_blocks(image: te.Tensor, block: int) -> te.Tensor:
@@ -95,8 +111,8 @@ def channels_last(blocks: te.Tensor, channels: int) -> te.Tensor:
     return te.compute((images, height, width, channels), lambda n, y, x, c: blocks[n, c // block, y, x, c % block], name="channels_last")
 
 
-def block_constant(array: NDArray[Any], block: int) -> NDArray[Any]:
-    """Return one number a channel or a whole image, `(C, 1, 1)` or `(N, C, H, W)`, in blocks, zeros past the last channel."""
+def in_blocks(array: NDArray[Any], block: int) -> NDArray[Any]:
+    """Return an image or one number a channel, `(N, C, H, W)` or `(C, 1, 1)`, in blocks, zeros past the last channel."""
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)
     images, channels, height, width = array.shape
     padded = np.zeros((images, -(-channels // block) * block, height, width), array.dtype)
@@ -108,12 +124,13 @@ def block_constant(array: NDArray[Any], block: int) -> NDArray[Any]:
 class _Blocks(PyExprMutator):  # type: ignore[misc]
     """Goes through a function and keeps, for each value, the forms that there are of it.
 
-    in_blocks: Values in blocks, by the variable they stand for.
+    in_blocks: Values in blocks, by the variable they stand for. in_rows: What has this form too. given: Outputs in blocks, by number.
     """
 
-    def __init__(self, module: tvm.IRModule, vectors: Vectors) -> None:
+    def __init__(self, module: tvm.IRModule, vectors: Vectors, borders: Borders) -> None:
         super().__init__(module)
-        self.vectors, self.block = vectors, vectors.lanes
+        self.vectors, self.block, self.borders = vectors, vectors.lanes, borders
+        self.given: set[int] = set()
         self.in_blocks: dict[Any, relax.Var] = {}
         self.in_rows: set[Any] = set()
         self.rules: dict[str, Callable[[relax.Call], relax.Expr | None]] = {
@@ -129,7 +146,20 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
             **dict.fromkeys(TWO_BY_TWO, self._two_by_two),
         }
 
+    def function(self, function: relax.Function) -> relax.Function:
+        """The function with what it takes, computes and gives in blocks."""
+        params = list(function.params)
+        for number in self.borders.taken:
+            images, channels, height, width = _sizes(params[number])
+            shape = (images, -(-channels // self.block), height, width, self.block)
+            given = relax.Var(params[number].name, relax.TensorType(shape, params[number].ty.dtype))
+            self.in_blocks[function.params[number]] = params[number] = given
+        body = self.visit_with_new_scope(function.body)
+        return relax.Function(params, body, None, function.is_pure, function.attrs)
+
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        if not isinstance(binding.var, relax.DataflowVar) and self._give(binding):
+            return
         call, is_output = binding.value, not isinstance(binding.var, relax.DataflowVar)
         name = call.op.name if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) else ""
         rows = self._channels_last(call) if name == "relax.permute_dims" else None
@@ -154,6 +184,22 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
             self.set_var_remap(var, self.builder_.emit(self._rows_of(var)))
         remapped = self.get_var_remap(var)
         return remapped if remapped is not None else var
+
+    def _give(self, binding: relax.VarBinding) -> bool:
+        """Emit the outputs, if this binding is of them and one is given in blocks."""
+        several = isinstance(binding.value, relax.Tuple)
+        values = list(binding.value.fields) if several else [binding.value]
+        if not all(isinstance(value, relax.Var) for value in values):
+            return False
+        self.given = {
+            number for number, value in enumerate(values) if number in self.borders.given or (number in self.borders.may and self._is_blocked(value))
+        }
+        if not self.given:
+            return False
+        found = [self._blocks_of(value) if number in self.given else self.visit_expr(value) for number, value in enumerate(values)]
+        self.in_rows.add(binding.var)
+        self.set_var_remap(binding.var, self.builder_.emit_output(relax.Tuple(found) if several else found[0]))
+        return True
 
     # --- forms of a value
 
@@ -245,7 +291,7 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
             return relax.const(array.reshape(()))
         if array.ndim not in (3, 4):
             return None
-        return relax.const(block_constant(array, self.block) if array.shape[-3] == channels else array.reshape(-1, 1, *array.shape[-2:], 1))
+        return relax.const(in_blocks(array, self.block) if array.shape[-3] == channels else array.reshape(-1, 1, *array.shape[-2:], 1))
 
     def _pool(self, call: relax.Call) -> relax.Expr | None:
         (data,), attributes = call.args, call.attrs

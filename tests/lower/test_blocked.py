@@ -12,7 +12,7 @@ import tvm
 from torch.nn import functional
 from tvm import relax
 
-from exitify.lower.blocked import block_constant
+from exitify.lower.blocked import in_blocks
 from tests.lower.kernels import UNITS, Array, lowered, machine_with, module_of, run, stages
 
 RANDOM = np.random.default_rng(0)
@@ -172,9 +172,9 @@ def test_values_of_several_images(vectors):
 def test_a_constant_in_blocks_has_its_numbers_where_channels_are():
     for channels, block in itertools.product((1, 4, 5, 16, 17), (4, 16)):
         whole = image(channels, 3, 2)
-        made = block_constant(whole, block)
+        made = in_blocks(whole, block)
         assert made.shape == (1, -(-channels // block), 3, 2, block)
         for c in range(channels):
             np.testing.assert_array_equal(made[0, c // block, ..., c % block], whole[0, c])
         assert np.count_nonzero(made) == whole.size
-    assert block_constant(np.ones((5, 1, 1), np.float32), 4).shape == (1, 2, 1, 1, 4)
+    assert in_blocks(np.ones((5, 1, 1), np.float32), 4).shape == (1, 2, 1, 1, 4)
