@@ -7,6 +7,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
+from exitify.lower.schedules.prefetch import prefetch
 from exitify.lower.vectors import Vectors
 from exitify.lower.winograd import TILES
 
@@ -47,8 +48,9 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     group, t = sch.split(t, [None, tiles])
     several, lane = sch.split(w, [None, vectors.lanes])
     sch.reorder(k, j, group, channel_block, channel, t, several, lane)
-    written = sch.cache_write(product, 0, "local")
+    written = sch.cache_write(product, 0, "global")
     sch.reverse_compute_at(written, group, preserve_unit_loops=True)
+    prefetch(sch, product, 1, channel)
     _unrolled(sch, t, several, lane)
     t, w = sch.get_loops(written)[-2:]
     _unrolled(sch, t, *sch.split(w, [None, vectors.lanes]))
@@ -65,6 +67,8 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     _unrolled(sch, k, lane)
     for transformed, position in ((columns, 3), (written, 4)):
         sch.storage_align(transformed, 0, position, 2 * LINE, LINE)
+    for block_ in (rows, columns, written, halves, sums):
+        sch.set_scope(block_, 0, "local")
     if extent(sch, n) * extent(sch, strip) >= STRIPS:
         share(sch, [n, strip])
     else:
