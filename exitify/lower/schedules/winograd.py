@@ -7,12 +7,10 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
-from exitify.lower.schedules.prefetch import prefetch
+from exitify.lower.schedules.tiles import LINE, product_of_tile
 from exitify.lower.vectors import Vectors
 from exitify.lower.winograd import TILES
 
-LINE = 16
-"""float32 values in a line of a cache. The positions of a tile are odd numbers of lines apart: powers of two share a few places in the cache."""
 STRIPS = 4
 """So many are shared out among the threads; of fewer, each one's channels and filters are."""
 
@@ -46,14 +44,10 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.compute_at(product, block, preserve_unit_loops=True)
     k, j, t, w, channel_block, channel = sch.get_loops(product)[-6:]
     group, t = sch.split(t, [None, tiles])
-    several, lane = sch.split(w, [None, vectors.lanes])
-    sch.reorder(k, j, group, channel_block, channel, t, several, lane)
+    sch.reorder(k, j, group, channel_block, channel, t, w)
     written = sch.cache_write(product, 0, "global")
     sch.reverse_compute_at(written, group, preserve_unit_loops=True)
-    prefetch(sch, product, 1, channel)
-    _unrolled(sch, t, several, lane)
-    t, w = sch.get_loops(written)[-2:]
-    _unrolled(sch, t, *sch.split(w, [None, vectors.lanes]))
+    _in_registers(sch, *sch.get_loops(written)[-2:], vectors)
 
     sch.compute_at(columns, strip, preserve_unit_loops=True)
     k, j, c, t, lane = sch.get_loops(columns)[-5:]
@@ -67,15 +61,19 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     _unrolled(sch, k, lane)
     for transformed, position in ((columns, 3), (written, 4)):
         sch.storage_align(transformed, 0, position, 2 * LINE, LINE)
-    for block_ in (rows, columns, written, halves, sums):
-        sch.set_scope(block_, 0, "local")
     if extent(sch, n) * extent(sch, strip) >= STRIPS:
         share(sch, [n, strip])
     else:
         share(sch, [c])
         share(sch, [block])
-    _unrolled(sch, *sch.get_loops(sch.decompose_reduction(product, channel_block))[-3:])
+    begin = sch.decompose_reduction(product, channel_block)
+    _in_registers(sch, *sch.get_loops(begin)[-2:], vectors)
+    sch.tensorize(channel, product_of_tile(tiles, filters, extent(sch, channel), vectors.lanes))
     return sch
+
+
+def _in_registers(sch: Schedule, outer: LoopRV, inner: LoopRV, vectors: Vectors) -> None:
+    _unrolled(sch, outer, *sch.split(inner, [None, vectors.lanes]))
 
 
 def _unrolled(sch: Schedule, *loops: LoopRV) -> None:
