@@ -28,11 +28,13 @@ With 0.75 and 1.5 the error is a quarter of that with the usual 1 and 2; all coe
 """
 
 
-INPUT, OUTPUT, STREAM, MISS, STRIP = 9.0, 6.5, 0.125, 0.08, 2000.0
-"""Times in multiply-adds of a vector (0.125 ns): to transform a vector of inputs or products, for a byte of weights that comes from memory, for one of
-transformed inputs that the near cache does not hold, for a strip. Fitted to the table in docs/measurements.md."""
-NEAR, FAR = 384 << 10, 20 << 20
-"""Bytes of transformed inputs that stay in the near cache; and of weights of which none stay in any."""
+INPUT, OUTPUT, STRIP = 9.0, 6.5, 1000.0
+"""Times in multiply-adds of a vector (0.125 ns on the processor of docs/measurements.md, where these are fitted): to transform a vector of inputs, one of
+products, and for a strip besides."""
+MEMORY, AGAIN, MISS = 0.24, 0.08, 0.08
+"""The same for a byte of weights from memory, of weights from the second cache in place of the first, and of inputs that the second does not hold."""
+FIRST, SECOND, LAST = 32 << 10, 384 << 10, 20 << 20
+"""Bytes that stay in each cache beside all else."""
 GAIN = 0.95
 """What Winograd may take of direct convolution's time at most: its rounding errors are larger, so it has to pay."""
 
@@ -207,15 +209,21 @@ def _price(shape: Shape, vectors: Vectors, blocking: Blocking) -> float:
     waiting = 0.5 * max(0.0, 1 - several * blocking.tiles / 8)
     transforms = strips * tiles * positions * (INPUT * -(-shape.channels // vectors.lanes) + OUTPUT * blocks * several)
     patches, weights = 4 * positions * tiles * channels, 4 * positions * channels * blocks * blocking.filters
-    missed = strips * blocks * max(0, patches - NEAR)
-    again = (strips - 1) * weights * min(1.0, weights / FAR)
-    return products * (1 + loads + waiting) + transforms + MISS * missed + STREAM * (weights + again) + STRIP * strips
+    missed = strips * blocks * max(0, patches - SECOND)
+    again = strips * (tiles // blocking.tiles - 1) * weights if 4 * channels * blocking.filters > FIRST else 0
+    computing = products * (1 + loads + waiting) + transforms + MISS * missed + AGAIN * again + STRIP * strips
+    return _together(computing, MEMORY * weights * (1 + (strips - 1) * min(1.0, weights / LAST)))
 
 
 def _price_of_direct(shape: Shape, vectors: Vectors) -> float:
     """Estimated time of direct convolution with well-filled tiles."""
     weights = 9 * shape.channels * -(-shape.filters // vectors.lanes) * vectors.lanes
-    return 1.1 * weights * shape.out_height * shape.out_width / vectors.lanes + STREAM * 4 * weights
+    return _together(1.1 * weights * shape.out_height * shape.out_width / vectors.lanes, MEMORY * 4 * weights)
+
+
+def _together(computing: float, waiting: float) -> float:
+    """The time of two things at once, of which each is in the other's way a little."""
+    return max(computing, waiting) + 0.2 * min(computing, waiting)
 
 
 def convolution(builder: relax.BlockBuilder, data: relax.Var, weight: NDArray[Any], shape: Shape, vectors: Vectors, tile: int) -> relax.Expr:
