@@ -18,9 +18,6 @@ from tvm import relax, te, tirx
 from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE, Shape
 from exitify.lower.vectors import Vectors
 
-TILES = "exitify.tiles"
-"""The product's note on how many tiles are in registers at once; the filters are the last size of the packed weight."""
-
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 """Where the polynomials are evaluated, by output tile, and at infinity.
 
@@ -31,9 +28,9 @@ With 0.75 and 1.5 the error is a quarter of that with the usual 1 and 2; all coe
 INPUT, OUTPUT, STRIP = 9.0, 6.5, 1000.0
 """Times in multiply-adds of a vector (0.125 ns on the processor of docs/measurements.md, where these are fitted): to transform a vector of inputs, one of
 products, and for a strip besides."""
-MEMORY, AGAIN, MISS = 0.24, 0.08, 0.08
+MEMORY, AGAIN, MISS = 0.24, 0.08, 0.03
 """The same for a byte of weights from memory, of weights from the second cache in place of the first, and of inputs that the second does not hold."""
-FIRST, SECOND, LAST = 32 << 10, 384 << 10, 20 << 20
+FIRST, SECOND, LAST = 24 << 10, 384 << 10, 20 << 20
 """Bytes that stay in each cache beside all else."""
 GAIN = 0.95
 """What Winograd may take of direct convolution's time at most: its rounding errors are larger, so it has to pay."""
@@ -68,15 +65,12 @@ def matrices(tile: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArr
 
 
 def pack_weight(weight: NDArray[Any], tile: int, block: int, lanes: int) -> NDArray[Any]:
-    """Return `(O, I, 3, 3)`, transformed in float64, as `(ceil(O / block), n, n, channels, block)`; what is missing is zero.
-
-    channels: I, or the next multiple of `lanes` behind it.
-    """
+    """Return `(O, I, 3, 3)`, transformed in float64, as `(ceil(O / block), n, n, channels, block)`, I filled up to whole vectors; what is missing is zero."""
     filters, channels = weight.shape[:2]
     kernel = matrices(tile)[1]
     transformed = np.einsum("ka,oiab,lb->okli", kernel, weight.astype(np.float64), kernel, optimize=True)
-    blocks, summed = -(-filters // block), channels if channels < lanes else -(-channels // lanes) * lanes
-    padded = np.zeros((blocks * block, *transformed.shape[1:3], summed), np.float32)
+    blocks = -(-filters // block)
+    padded = np.zeros((blocks * block, *transformed.shape[1:3], -(-channels // lanes) * lanes), np.float32)
     padded[:filters, ..., :channels] = transformed
     return np.ascontiguousarray(padded.reshape(blocks, block, *padded.shape[1:]).transpose(0, 2, 3, 4, 1))
 
@@ -84,13 +78,13 @@ def pack_weight(weight: NDArray[Any], tile: int, block: int, lanes: int) -> NDAr
 def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, blocking: Blocking) -> te.Tensor:
     """Return the convolution of `(N, ceil(C / b), H, W, b)` with weights by `pack_weight` as `(N, ceil(O / b), OH, OW, b)`."""
     images, channel_blocks, _, _, lanes = (int(size) for size in data.shape)
-    filter_blocks, size, _, summed, filters = (int(length) for length in weight.shape)
+    filter_blocks, size, *_, filters = (int(length) for length in weight.shape)
     m = blocking.tile
     output, _, image = matrices(m)
     top, left = shape.padding[:2]
     down, across = -(-shape.out_height // m), -(-shape.out_width // m)
     strips, tiles = -(-down // blocking.rows), blocking.rows * across
-    computed = -(-tiles // blocking.tiles) * blocking.tiles
+    groups, group = -(-tiles // blocking.tiles), blocking.tiles
 
     def pixel(n: Any, s: Any, c: Any, r: Any, k: Any, x: Any, v: Any) -> Any:
         y, x = (s * blocking.rows + r) * m + k - top, x - left
@@ -102,20 +96,20 @@ def packed_convolution(data: te.Tensor, weight: te.Tensor, shape: Shape, blockin
     rows = te.compute(bordered, lambda n, s, c, r, k, x, v: _transformed(image, k, lambda i: pixels[n, s, c, r, i, x, v]), name="image_rows")
 
     def patch(n: Any, s: Any, k: Any, j: Any, c: Any, t: Any, v: Any) -> Any:
-        known = tirx.min(t, tiles - 1) if computed > tiles else t
+        known = tirx.min(t, tiles - 1) if groups * group > tiles else t
         return _transformed(image, j, lambda i: rows[n, s, c, known // across, k, known % across * m + i, v])
 
-    patches = te.compute((images, strips, size, size, channel_blocks, computed, lanes), patch, name="image_columns")
-    block, lane = te.reduce_axis((0, -(-summed // lanes)), name="block"), te.reduce_axis((0, min(summed, lanes)), name="lane")
-    product = te.compute(
-        (images, strips, filter_blocks, size, size, computed, filters),
-        lambda n, s, o, k, j, t, v: te.sum(patches[n, s, k, j, block, t, lane] * weight[o, k, j, block * lanes + lane, v], axis=[block, lane]),
-        name="winograd",
-        attrs={TILES: blocking.tiles},
-    )
+    patches = te.compute((images, strips, size, size, channel_blocks, groups * group, lanes), patch, name="image_columns")
+    block, lane = te.reduce_axis((0, channel_blocks), name="block"), te.reduce_axis((0, lanes), name="lane")
+
+    def term(n: Any, s: Any, o: Any, k: Any, j: Any, g: Any, t: Any, v: Any) -> Any:
+        return patches[n, s, k, j, block, g * group + t, lane] * weight[o, k, j, block * lanes + lane, v]
+
+    computed = (images, strips, filter_blocks, size, size, groups, group, filters)
+    product = te.compute(computed, lambda *at: te.sum(term(*at), axis=[block, lane]), name="winograd")
     halves = te.compute(
         (images, strips, filter_blocks, tiles, m, size, filters),
-        lambda n, s, o, t, i, j, v: _transformed(output, i, lambda k: product[n, s, o, k, j, t, v]),
+        lambda n, s, o, t, i, j, v: _transformed(output, i, lambda k: product[n, s, o, k, j, t // group, t % group, v]),
         name="output_rows",
     )
     sums = te.compute(
@@ -179,19 +173,19 @@ def tile_of(shape: Shape, vectors: Vectors) -> int:
     """The output tile that takes least time, by estimate; 0 where direct convolution does, or no other is possible."""
     if shape.kernel != (3, 3) or shape.stride != (1, 1) or shape.dilation != (1, 1):
         return 0
-    prices = {tile: _price(shape, vectors, blocking_of(shape, vectors, tile)) for tile in POINTS}
-    best = min(prices, key=prices.__getitem__)
-    return best if prices[best] < _price_of_direct(shape, vectors) * GAIN else 0
+    prices = {tile: _price(shape, vectors, blocking_of(shape, vectors, tile)) for tile in POINTS if max(shape.out_height, shape.out_width) > tile}
+    best = min(prices, key=prices.__getitem__, default=0)
+    return best if best and prices[best] < _price_of_direct(shape, vectors) * GAIN else 0
 
 
 def blocking_of(shape: Shape, vectors: Vectors, tile: int) -> Blocking:
-    """How to divide a convolution up for a tile, by the same estimate."""
+    """How to divide a convolution up, by the same estimate; the output has to be larger than one tile."""
     across, down = -(-shape.out_width // tile), -(-shape.out_height // tile)
     found = [
         Blocking(tile, rows, tiles, several * vectors.lanes)
         for rows in sorted({-(-down // strips) for strips in range(1, down + 1)})
         for several in (1, 2, 4)
-        for tiles in range(1, min(vectors.accumulators // several, rows * across) + 1)
+        for tiles in range(2, min(vectors.accumulators // several, rows * across) + 1)
         if several * (tiles + 1) < vectors.registers and (several == 1 or (several - 1) * vectors.lanes < shape.filters)
     ]
     return min(found, key=lambda blocking: _price(shape, vectors, blocking))
@@ -203,16 +197,16 @@ def _price(shape: Shape, vectors: Vectors, blocking: Blocking) -> float:
     strips, several = -(-down // blocking.rows), blocking.filters // vectors.lanes
     tiles = -(-blocking.rows * across // blocking.tiles) * blocking.tiles
     positions, blocks = (blocking.tile + 2) ** 2, -(-shape.filters // blocking.filters)
-    channels = shape.channels if shape.channels < vectors.lanes else -(-shape.channels // vectors.lanes) * vectors.lanes
+    channels = -(-shape.channels // vectors.lanes) * vectors.lanes
     products = strips * tiles * positions * channels * blocks * several
-    loads = 0.25 * (several + blocking.tiles) / (several * blocking.tiles)
+    loads = 0.25 * (2 * several + blocking.tiles) / (several * blocking.tiles)  # weights are asked for, then loaded
     waiting = 0.5 * max(0.0, 1 - several * blocking.tiles / 8)
-    transforms = strips * tiles * positions * (INPUT * -(-shape.channels // vectors.lanes) + OUTPUT * blocks * several)
+    transforms = strips * tiles * positions * (INPUT * channels / vectors.lanes + OUTPUT * blocks * several)
     patches, weights = 4 * positions * tiles * channels, 4 * positions * channels * blocks * blocking.filters
     missed = strips * blocks * max(0, patches - SECOND)
     again = strips * (tiles // blocking.tiles - 1) * weights if 4 * channels * blocking.filters > FIRST else 0
     computing = products * (1 + loads + waiting) + transforms + MISS * missed + AGAIN * again + STRIP * strips
-    return _together(computing, MEMORY * weights * (1 + (strips - 1) * min(1.0, weights / LAST)))
+    return _together(computing + MEMORY * (strips - 1) * weights * min(1.0, weights / LAST), MEMORY * weights)
 
 
 def _price_of_direct(shape: Shape, vectors: Vectors) -> float:

@@ -9,7 +9,6 @@ from tvm.s_tir.schedule import LoopRV
 from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
 from exitify.lower.schedules.tiles import LINE, product_of_tile
 from exitify.lower.vectors import Vectors
-from exitify.lower.winograd import TILES
 
 STRIPS = 4
 """So many are shared out among the threads; of fewer, each one's channels and filters are."""
@@ -24,8 +23,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     pixels, rows, columns, product = (blocks[name] for name in ("image_pixels", "image_rows", "image_columns", "winograd"))
     halves, sums = blocks["output_rows"], blocks["output_columns"]
     epilogue = inline_between(sch, "output_columns")
-    tiles = int(sch.get(product).annotations[TILES])
-    filters = extent(sch, sch.get_loops(product)[6])
+    *_, tiles, filters, _, channels = (extent(sch, loop) for loop in sch.get_loops(product))
     _, _, _, tile_rows, tile, *_ = (extent(sch, loop) for loop in sch.get_loops(sums))
     n, o, y, x, v = sch.get_loops(epilogue)
     block, part = sch.split(o, [None, filters // vectors.lanes])
@@ -42,8 +40,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     _unrolled(sch, *sch.get_loops(halves)[-3:])
 
     sch.compute_at(product, block, preserve_unit_loops=True)
-    k, j, t, w, channel_block, channel = sch.get_loops(product)[-6:]
-    group, t = sch.split(t, [None, tiles])
+    k, j, group, t, w, channel_block, channel = sch.get_loops(product)[-7:]
     sch.reorder(k, j, group, channel_block, channel, t, w)
     written = sch.cache_write(product, 0, "global")
     sch.reverse_compute_at(written, group, preserve_unit_loops=True)
@@ -68,7 +65,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
         share(sch, [block])
     begin = sch.decompose_reduction(product, channel_block)
     _in_registers(sch, *sch.get_loops(begin)[-2:], vectors)
-    sch.tensorize(channel, product_of_tile(tiles, filters, extent(sch, channel), vectors.lanes))
+    sch.tensorize(channel, product_of_tile(tiles, filters, channels, vectors.lanes))
     return sch
 
 
