@@ -26,8 +26,8 @@ With 0.75 and 1.5 the error is a quarter of that with the usual 1 and 2; all coe
 
 
 INPUT, OUTPUT, STRIP = 9.0, 6.5, 1000.0
-"""Times in multiply-adds of a vector (0.125 ns on the processor of docs/measurements.md, where these are fitted): to transform a vector of inputs, one of
-products, and for a strip besides."""
+"""Times in multiply-adds of a vector (0.125 ns where they were fitted, docs/measurements.md): to transform a vector of inputs, one of products, and
+for a strip besides."""
 MEMORY, AGAIN, MISS = 0.24, 0.08, 0.03
 """The same for a byte of weights from memory, of weights from the second cache in place of the first, and of inputs that the second does not hold."""
 FIRST, SECOND, LAST = 24 << 10, 384 << 10, 20 << 20
@@ -65,7 +65,10 @@ def matrices(tile: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArr
 
 
 def pack_weight(weight: NDArray[Any], tile: int, block: int, lanes: int) -> NDArray[Any]:
-    """Return `(O, I, 3, 3)`, transformed in float64, as `(ceil(O / block), n, n, channels, block)`, I filled up to whole vectors; what is missing is zero."""
+    """Return `(O, I, 3, 3)`, transformed in float64, as `(ceil(O / block), n, n, channels, block)`; what is missing is zero.
+
+    channels: I filled up to whole vectors.
+    """
     filters, channels = weight.shape[:2]
     kernel = matrices(tile)[1]
     transformed = np.einsum("ka,oiab,lb->okli", kernel, weight.astype(np.float64), kernel, optimize=True)

@@ -6,7 +6,7 @@ A processor asks ahead by itself, but not across pages and not far enough: produ
 from __future__ import annotations
 
 from tvm.s_tir import TensorIntrin
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812
 
 AHEAD = 4096
 """float32 values between the weights that are read and those that are asked for."""
@@ -25,7 +25,7 @@ def product_of_tile(rows: int, columns: int, depth: int, lanes: int) -> str:
         return name
     line, ahead, vectors, weights = LINE, AHEAD, columns // lanes, columns * depth
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def plain(x: T.handle, w: T.handle, y: T.handle) -> None:
         between, apart = T.int64(), T.int64()
         left = T.match_buffer(x, (rows, depth), "float32", strides=[between, 1], offset_factor=1)
@@ -39,7 +39,7 @@ def product_of_tile(rows: int, columns: int, depth: int, lanes: int) -> str:
                     row, column, z = T.axis.remap("SSR", [i, j, k])
                     sums[row, column] = sums[row, column] + left[row, z] * right[z, column]
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def in_registers(x: T.handle, w: T.handle, y: T.handle) -> None:
         between, apart = T.int64(), T.int64()
         left = T.match_buffer(x, (rows, depth), "float32", strides=[between, 1], offset_factor=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
 from exitify.lower.schedules.tiles import LINE, product_of_tile
@@ -44,7 +44,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.reorder(k, j, group, channel_block, channel, t, w)
     written = sch.cache_write(product, 0, "global")
     sch.reverse_compute_at(written, group, preserve_unit_loops=True)
-    _in_registers(sch, *sch.get_loops(written)[-2:], vectors)
+    _in_registers(sch, written, vectors)
 
     sch.compute_at(columns, strip, preserve_unit_loops=True)
     k, j, c, t, lane = sch.get_loops(columns)[-5:]
@@ -63,13 +63,14 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     else:
         share(sch, [c])
         share(sch, [block])
-    begin = sch.decompose_reduction(product, channel_block)
-    _in_registers(sch, *sch.get_loops(begin)[-2:], vectors)
+    _in_registers(sch, sch.decompose_reduction(product, channel_block), vectors)
     sch.tensorize(channel, product_of_tile(tiles, filters, channels, vectors.lanes))
     return sch
 
 
-def _in_registers(sch: Schedule, outer: LoopRV, inner: LoopRV, vectors: Vectors) -> None:
+def _in_registers(sch: Schedule, block: SBlockRV, vectors: Vectors) -> None:
+    """Unroll a block's last two loops, the last one in vectors."""
+    *_, outer, inner = sch.get_loops(block)
     _unrolled(sch, outer, *sch.split(inner, [None, vectors.lanes]))
 
 
