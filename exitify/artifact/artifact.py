@@ -523,6 +523,8 @@ def _check_targets(artifact: Artifact) -> None:
             raise MalformedManifest(f"the library for {name!r} keeps other values in blocks of channels than it can", _AGAIN)
         for segment, made in compiled.segments.items():
             expected = len(made.weights) if artifact.plan.segment(segment).has_two_norm_sets else 0
+            if list(made.batches) != sorted(set(made.batches)) or min(made.batches, default=2) < 2:
+                raise MalformedManifest(f"the library for {name!r} has {segment!r} for batches of {list(made.batches)}", _AGAIN)
             if len(made.second_weights) != expected:
                 raise MalformedManifest(f"the library for {name!r} does not give {segment!r} weights for each of its sets of norms", _AGAIN)
         path = target_path(name, "weights.safetensors")

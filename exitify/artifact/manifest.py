@@ -289,6 +289,7 @@ class CompiledSegment:
     second_graph: The same for its norms' second set, empty where it has one.
     weights: Names of the derived tensors that its function takes behind the plan's inputs and parameters.
     second_weights: What it takes in their place while its norms' second set is used; as many, most of them the same.
+    batches: Sizes of batches beside 1 for which there is a function too, with the same weights, ascending.
     error: Largest difference from the reference engine when it was compiled, over the largest magnitude of the output.
     """
 
@@ -296,6 +297,7 @@ class CompiledSegment:
     second_graph: str
     weights: tuple[str, ...]
     second_weights: tuple[str, ...]
+    batches: tuple[int, ...]
     error: float
 
 
@@ -353,6 +355,11 @@ class Compiled:
     sources: Mapping[str, str]
     tolerance: float
     trials: int
+
+
+def name_of(segment: str, batch: int) -> str:
+    """What a segment's function for so many samples is called in a library."""
+    return segment if batch == 1 else f"{segment}_batch{batch}"
 
 
 def target_name(board: str, *, on_gpu: bool, precision: Precision) -> str:

@@ -439,6 +439,7 @@ def compile(  # noqa: A001
         str | None, typer.Option(help="Measure on every board registered there, HOST:PORT/KEY of a tracker: one kind of board a key.")
     ] = None,
     db: Annotated[Path | None, typer.Option(help="Folder of measurements; by default the user's cache.")] = None,
+    batch: Annotated[str, typer.Option(help="Sizes of batches beside 1 that get code of their own over the same weights: 4,16.")] = "",
     fallback: Annotated[str, typer.Option(help="onnxruntime: what TVM cannot take is left to it. By default it is refused.")] = "",
     json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -455,6 +456,7 @@ def compile(  # noqa: A001
     _one_of("fallback", fallback, ("", "onnxruntime"))
     _one_of("precision", precision, ("fp32", "fp16"))
     _one_of("device", device or "both", ("cpu", "gpu", "both"))
+    batches = _sizes(batch)
     here = board_at_hand() if target in ALIASES else None
     own = here.target if here is not None else ""
     board = load_target(own or target)
@@ -476,8 +478,8 @@ def compile(  # noqa: A001
             progress, report = stack.enter_context(show.progress_bar()), stack.enter_context(show.tuning_bar())
             runner = stack.enter_context(contextlib.closing(RpcRunner(machine, *place))) if place else None
             compiled = compile_artifact(
-                compiled, board, device=on, precision=precision, architecture=arch if on == "gpu" else "", jetpack=jetpack, trials=trials,  # type: ignore[arg-type]
-                database=database, runner=runner, fallback=fallback, progress=progress, report=report,  # type: ignore[arg-type]
+                compiled, board, device=on, precision=precision, architecture=arch if on == "gpu" else "", jetpack=jetpack,  # type: ignore[arg-type]
+                batches=batches, trials=trials, database=database, runner=runner, fallback=fallback, progress=progress, report=report,  # type: ignore[arg-type]
             )  # fmt: skip
     compiled.save(output or artifact)
     made = [compiled.targets[target_name(board.name, on_gpu=on == "gpu", precision=precision)] for on in devices]  # type: ignore[arg-type]
@@ -492,9 +494,17 @@ def compile(  # noqa: A001
         opening = show.call("exitify.Artifact.open", repr(str(artifact if on == devices[0] else output or artifact)))
         compiling = show.call(
             "exitify.compile_artifact", opening, f"exitify.targets.load_target({board_name!r})", device=(on, "cpu"), precision=(precision, "fp32"),
-            architecture=(arch if on == "gpu" else "", ""), jetpack=(jetpack, ""), trials=(trials, 0), fallback=(fallback, ""),
+            architecture=(arch if on == "gpu" else "", ""), jetpack=(jetpack, ""), batches=(batches, ()), trials=(trials, 0), fallback=(fallback, ""),
         )  # fmt: skip
         show.python_call(f"{compiling}.save({str(output or artifact)!r})")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """`4,16` as numbers."""
+    try:
+        return tuple(int(size) for size in text.split(",")) if text else ()
+    except ValueError:
+        raise ExitifyError(f"--batch {text!r} is no list of sizes", "numbers with commas between: --batch 4,16") from None
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

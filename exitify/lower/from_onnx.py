@@ -1,4 +1,4 @@
-"""One segment of an artifact as a Relax function: its graph, norms folded, weights as constants, batch 1."""
+"""One segment of an artifact as a Relax function: its graph, norms folded, weights as constants, for one batch size."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def not_lowered(segment: Segment, why: str) -> NotLowered:
     return NotLowered(f"TVM cannot take the segment {segment.name!r}: {why}", "leave such segments to ONNX Runtime: --fallback onnxruntime")
 
 
-def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False) -> tvm.IRModule:
-    """Return a module whose `main` computes the segment's outputs from its inputs and parameters, in the plan's order, at batch 1.
+def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False, batch: int = 1) -> tvm.IRModule:
+    """Return a module whose `main` computes the segment's outputs from its inputs and parameters, in the plan's order.
 
     Args:
-        second: Whether its norms take their second set; the module differs in constants alone.
+        second: Whether its norms take their second set; the module differs in constants alone. batch: How many samples.
 
     Raises:
         NotLowered: TVM's importer does not know an operator; the message names it.
@@ -43,7 +43,7 @@ def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
-    model = _at_batch_one(model)
+    model = _at_batch(model, batch)
     channels = _channels(model) if any(node.op_type == "Pad" for node in model.graph.node) else {}
     tensors: Arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type == "Constant"]:
@@ -73,12 +73,12 @@ def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False
     return with_scores(module, segment.outputs.index(point.logits), inputs.index(point.temperature))
 
 
-def _at_batch_one(model: ModelProto) -> ModelProto:
-    """The model for one sample, what it computes from shapes replaced by constants: TVM's importer wants those known."""
+def _at_batch(model: ModelProto, batch: int) -> ModelProto:
+    """The model for so many samples, what it computes from shapes replaced by constants: TVM's importer wants those known."""
     for value in (*model.graph.input, *model.graph.output):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
-                size.dim_value = 1
+                size.dim_value = batch
     for _ in range(3):  # what one round folds gives the next one shapes
         if not any(node.op_type == "Shape" for node in model.graph.node):
             break

@@ -25,7 +25,7 @@ def cut_output(model: ModelProto, name: str) -> None:
 
 
 def with_scores(module: tvm.IRModule, logits: int, temperature: int) -> tvm.IRModule:
-    """Return the module with one more output at the end of `main`: the scores `(1, 4)` of one of its outputs.
+    """Return the module with one more output at the end of `main`: the scores `(N, 4)` of one of its outputs.
 
     Args:
         module: `main` returns a tuple.
@@ -49,25 +49,25 @@ def with_scores(module: tvm.IRModule, logits: int, temperature: int) -> tvm.IRMo
 
 
 def scores_of(logits: te.Tensor, temperature: te.Tensor) -> te.Tensor:
-    """Largest probability, entropy, margin and entropy of p²/Σp², `(1, 4)`, of p = softmax(logits / T).
+    """Largest probability, entropy, margin and entropy of p²/Σp², `(N, 4)`, of p = softmax(logits / T).
 
     Args:
-        logits: `(1, classes)`, float32. temperature: A scalar, float32.
+        logits: `(N, classes)`, float32. temperature: A scalar, float32.
     """
-    classes = logits.shape[1]
+    samples, classes = logits.shape
     lowest = tirx.min_value(logits.dtype)
 
     def over_classes(reduce: Any, value: Any, name: str) -> te.Tensor:
         k = te.reduce_axis((0, classes), name="k")
-        return te.compute((1,), lambda n: reduce(value(n, k), axis=k), name=name)
+        return te.compute((samples,), lambda n: reduce(value(n, k), axis=k), name=name)
 
-    scaled = te.compute((1, classes), lambda n, c: logits[n, c] / temperature[()], name="scaled")
+    scaled = te.compute((samples, classes), lambda n, c: logits[n, c] / temperature[()], name="scaled")
     first = over_classes(te.max, lambda n, c: scaled[n, c], "first")
     # The second largest is the largest of the others; where several are the largest, it is one of them. Sums and maxima alone, not one
     # reduction of pairs, which GPUs' schedules do not know.
     below = over_classes(te.max, lambda n, c: tirx.Select(scaled[n, c] < first[n], scaled[n, c], lowest), "below")
     largest = over_classes(te.sum, lambda n, c: tirx.Select(scaled[n, c] < first[n], 0.0, 1.0), "largest")
-    powers = te.compute((1, classes), lambda n, c: tirx.exp(scaled[n, c] - first[n]), name="powers")
+    powers = te.compute((samples, classes), lambda n, c: tirx.exp(scaled[n, c] - first[n]), name="powers")
     norm = over_classes(te.sum, lambda n, c: powers[n, c], "norm")
     # With d = l - max and e = exp(d): p = e / Σe, and the entropy is log Σe - Σ(e d) / Σe; p² / Σp² is the same with 2 d.
     spread = over_classes(te.sum, lambda n, c: powers[n, c] * (scaled[n, c] - first[n]), "spread")
@@ -81,4 +81,4 @@ def scores_of(logits: te.Tensor, temperature: te.Tensor) -> te.Tensor:
         renyi = tirx.log(norm2[n]) - spread2[n] / norm2[n]
         return tirx.Select(i == 0, top1, tirx.Select(i == 1, entropy, tirx.Select(i == 2, margin, renyi)))
 
-    return te.compute((1, 4), score, name="scores")
+    return te.compute((samples, 4), score, name="scores")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from tvm.relax import transform
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from exitify.artifact.artifact import Artifact
-from exitify.artifact.manifest import Precision
+from exitify.artifact.manifest import Precision, name_of
 from exitify.errors import first_line
 from exitify.lower import functions, linear  # noqa: F401 (functions: how processors compute exp and the like)
 from exitify.lower.blocked import IN_ROWS, Borders, to_blocks
@@ -31,6 +32,8 @@ from exitify.lower.processors import Machine
 from exitify.lower.schedules import default_schedule, gpu
 from exitify.plan import Segment
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -39,7 +42,8 @@ class Kernels:
     module: A Relax function a segment, under the segment's name; and kernels, equal ones once.
     weights: What each function takes behind the plan's inputs and parameters, in order.
     second_weights: What those whose norms have a second set take in its place.
-    in_blocks: Values that functions take and give in blocks of channels, `(1, ceil(C / block), H, W, block)`; block: Their last size.
+    in_blocks: Values that functions take and give in blocks of channels; block: Their last size.
+    in_batches: Sizes beside 1 for which there is a function too, under `name_of`, by segment.
     """
 
     module: tvm.IRModule
@@ -47,6 +51,7 @@ class Kernels:
     second_weights: Mapping[str, tuple[NDArray[Any], ...]]
     in_blocks: frozenset[str] = frozenset()
     block: int = 0
+    in_batches: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def kernels(self) -> dict[str, tirx.PrimFunc]:
@@ -75,19 +80,26 @@ class AnyMachine(Protocol):
 
 
 def lower_segments(
-    artifact: Artifact, segments: Sequence[Segment], machine: AnyMachine, *, precision: Precision = "fp32", leave: bool = False
+    artifact: Artifact,
+    segments: Sequence[Segment],
+    machine: AnyMachine,
+    *,
+    precision: Precision = "fp32",
+    batches: Sequence[int] = (),
+    leave: bool = False,
 ) -> Kernels:
     """Lower segments to kernels for a machine.
 
     Args:
         precision: Of weights and of what is computed within a segment.
+        batches: Sizes beside 1 for which segments get functions too, over the same weights.
         leave: Whether a segment that TVM cannot take is left out.
 
     Raises:
         NotLowered: TVM cannot take a segment, and `leave` is false.
     """
     while True:
-        kernels, refused = _lowered(artifact, segments, machine, precision)
+        kernels, refused = _lowered(artifact, segments, machine, precision, batches)
         if not refused:
             return kernels
         if not leave:
@@ -96,12 +108,22 @@ def lower_segments(
         segments = [segment for segment in segments if segment.name not in refused]
 
 
-def _lowered(artifact: Artifact, segments: Sequence[Segment], machine: AnyMachine, precision: Precision) -> tuple[Kernels, dict[str, NotLowered]]:
+def _lowered(
+    artifact: Artifact, segments: Sequence[Segment], machine: AnyMachine, precision: Precision, batches: Sequence[int]
+) -> tuple[Kernels, dict[str, NotLowered]]:
     """The segments that TVM can take, and why it cannot take the others."""
     builder = relax.BlockBuilder()
     weights: dict[str, tuple[NDArray[Any], ...]] = {}
     second_weights: dict[str, tuple[NDArray[Any], ...]] = {}
+    in_batches: dict[str, tuple[int, ...]] = {}
     refused: dict[str, NotLowered] = {}
+
+    def add(function: relax.Function, module: tvm.IRModule, name: str) -> None:
+        """A function under this name, and its kernels."""
+        kernels = [(var.name_hint, kernel) for var, kernel in module.functions_items() if isinstance(kernel, tirx.PrimFunc)]
+        known = {hint: builder.add_func(kernel, hint) for hint, kernel in kernels}
+        builder.add_func(_calling(function, known).with_attr("global_symbol", name), name)
+
     between, in_blocks = artifact.plan.maps_between({segment.name for segment in segments}), set[str]()
     for segment in segments:
         borders = _borders(segment, between, in_blocks)
@@ -115,13 +137,18 @@ def _lowered(artifact: Artifact, segments: Sequence[Segment], machine: AnyMachin
             refused[segment.name] = refusal
             continue
         in_blocks.update(segment.outputs[number] for number in given)
-        known = {
-            var.name_hint: builder.add_func(kernel, var.name_hint) for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)
-        }
-        builder.add_func(_calling(function, known).with_attr("global_symbol", segment.name), segment.name)
+        add(function, lowered, segment.name)
         weights[segment.name] = tuple(constants)
+        for batch in batches:
+            for_several, _ = _fused(segment_module(artifact, segment, batch=batch), segment, machine, precision, borders, batch)
+            function, others = lift_constants(for_several["main"])
+            if [array.shape for array in others] == [array.shape for array in constants] and all(map(np.array_equal, others, constants)):
+                add(function, for_several, name_of(segment.name, batch))
+                in_batches[segment.name] = (*in_batches.get(segment.name, ()), batch)
+            else:
+                log.warning("%s has no code for batches of %d: it would take other weights than for one sample", segment.name, batch)
     block = machine.vectors.lanes if isinstance(machine, Machine) else 0
-    return Kernels(builder.get(), weights, second_weights, frozenset(in_blocks), block if in_blocks else 0), refused
+    return Kernels(builder.get(), weights, second_weights, frozenset(in_blocks), block if in_blocks else 0, in_batches), refused
 
 
 def _borders(segment: Segment, between: AbstractSet[str], in_blocks: AbstractSet[str]) -> Borders:
@@ -140,7 +167,7 @@ def _in_place_of(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]], 
 
 
 def _fused(
-    module: tvm.IRModule, segment: Segment, machine: AnyMachine, precision: Precision = "fp32", borders: Borders = IN_ROWS
+    module: tvm.IRModule, segment: Segment, machine: AnyMachine, precision: Precision = "fp32", borders: Borders = IN_ROWS, batch: int = 1
 ) -> tuple[tvm.IRModule, frozenset[int]]:
     """Operators to kernels, element-wise ones joined to what they follow; and which outputs are in blocks of channels."""
     forms = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ def compile_artifact(
     precision: Precision = "fp32",
     architecture: str = "",
     jetpack: str = "",
+    batches: Sequence[int] = (),
     trials: int = 0,
     database: Database | None = None,
     runner: Runner | None = None,
@@ -63,6 +64,7 @@ def compile_artifact(
         precision: `fp16` multiplies float16 where weights are known, see `exitify.lower.precision`.
         architecture: Of the GPU, `sm_90`, where the target is whatever GPU there is.
         jetpack: Release on the board whose driver loads the GPU's kernels; by default the board's oldest, whose code newer ones load too.
+        batches: Sizes of batches beside 1 that get code of their own, over the same weights; others run in parts.
         trials: Candidates to measure over all kernels; those that a search of this budget has been through cost none.
         database: What was measured before, and where to add to; without one and without trials, default schedules.
         runner: Where to measure; by default a process on this machine, if that is the target.
@@ -75,6 +77,8 @@ def compile_artifact(
     """
     name = target_name(target.name, on_gpu=device == "gpu", precision=precision)
     check_name("target", name)
+    if list(batches) != sorted(set(batches)) or min(batches, default=2) < 2:
+        raise ExitifyError(f"batches of {', '.join(map(str, batches))} cannot be compiled for", "give sizes from 2 in ascending order: --batch 4,16")
     machine, command, compiler = tools_for(target, device, architecture, jetpack)
     host = machine.host
     if trials and runner is None and not machine.is_here:
@@ -86,7 +90,7 @@ def compile_artifact(
 
     begin("lowering")
     with silent_stderr():
-        kernels = lower_segments(artifact, artifact.plan.segments, machine, precision=precision, leave=bool(fallback))
+        kernels = lower_segments(artifact, artifact.plan.segments, machine, precision=precision, batches=batches, leave=bool(fallback))
     scheduled, measured = _schedules(kernels, machine, trials, database, runner, report or unheard)
     begin("compiling")
     made, code = None, None
@@ -117,7 +121,9 @@ def compile_artifact(
         tvm=importlib.metadata.version("apache-tvm"),
         tvm_ffi=importlib.metadata.version("apache-tvm-ffi"),
         segments={
-            segment: CompiledSegment(*graph_hashes(artifact, segment), first[segment], second.get(segment, ()), errors[segment])
+            segment: CompiledSegment(
+                *graph_hashes(artifact, segment), first[segment], second.get(segment, ()), kernels.in_batches.get(segment, ()), errors[segment]
+            )
             for segment in kernels.weights
         },
         left_to=fallback if len(kernels.weights) < len(artifact.plan.segments) else "",

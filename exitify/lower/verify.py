@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from exitify.artifact.artifact import HEADS_FILE, Artifact, parameter_values
+from exitify.artifact.manifest import name_of
 from exitify.lower.blocked import in_blocks
 from exitify.lower.library import Kernels
 from exitify.plan import Segment, Stretch
@@ -19,6 +20,9 @@ from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import Engine
 
 Array = NDArray[Any]
+
+SAMPLES = 3
+"""So many are different in batches that are checked; those behind them are the same again."""
 
 
 def segment_errors(artifact: Artifact, kernels: Kernels, executable: relax.VMExecutable) -> Iterator[tuple[str, float]]:
@@ -29,13 +33,15 @@ def segment_errors(artifact: Artifact, kernels: Kernels, executable: relax.VMExe
     The network's input is random, of the kind that normalised pictures are; each segment reads what the reference computed before it.
     """
     machine = relax.VirtualMachine(executable, tvm.cpu())
-    for segment, weights, given, expected, _ in _reference(artifact, kernels):
-        taken = [_form(name, array, kernels) for name, array in zip((*segment.inputs, *segment.parameters), given)]
-        found = machine[segment.name](*(_tensor(array) for array in (*taken, *weights)))
-        outputs = [found] if len(segment.outputs) == 1 else list(found)
-        expected = [_form(name, array, kernels) for name, array in zip(segment.outputs, expected)]
-        # NumPy's largest: where one is not a number, Python's may be another.
-        yield segment.name, float(np.max([_difference(output.numpy(), array) for output, array in zip(outputs, expected)]))
+    for segment, weights, given, expected, _ in _reference(artifact, kernels, SAMPLES if kernels.in_batches else 1):
+        for batch in (1, *kernels.in_batches.get(segment.name, ())):
+            rows = np.arange(batch) % SAMPLES
+            inputs = [_form(name, array[rows], kernels) for name, array in zip(segment.inputs, given)]
+            found = machine[name_of(segment.name, batch)](*(_tensor(array) for array in (*inputs, *given[len(inputs) :], *weights)))
+            outputs = [found] if len(segment.outputs) == 1 else list(found)
+            wanted = [_form(name, array[rows], kernels) for name, array in zip(segment.outputs, expected)]
+            # NumPy's largest: where one is not a number, Python's may be another.
+            yield segment.name, float(np.max([_difference(output.numpy(), array) for output, array in zip(outputs, wanted)]))
 
 
 def engine_errors(artifact: Artifact, kernels: Kernels, engine: Engine) -> Iterator[tuple[str, float]]:
@@ -45,13 +51,15 @@ def engine_errors(artifact: Artifact, kernels: Kernels, engine: Engine) -> Itera
         yield segment.name, float(np.max([_difference(found[name], array) for name, array in zip(segment.outputs, expected)]))
 
 
-def _reference(artifact: Artifact, kernels: Kernels) -> Iterator[tuple[Segment, Sequence[Array], Sequence[Array], Sequence[Array], Stretch]]:
+def _reference(
+    artifact: Artifact, kernels: Kernels, samples: int = 1
+) -> Iterator[tuple[Segment, Sequence[Array], Sequence[Array], Sequence[Array], Stretch]]:
     """Each compiled segment, once a set of norms: its weights, its inputs and outputs as the reference computes them, and as what it runs."""
     plan = artifact.plan
     engine = make_engine("reference", artifact, 1)
     random = np.random.default_rng(0)
     value = plan.values[plan.input]
-    values: dict[str, Array] = {plan.input: random.standard_normal((1, *value.shape)).astype(value.dtype)}
+    values: dict[str, Array] = {plan.input: random.standard_normal((samples, *value.shape)).astype(value.dtype)}
     heads = artifact.tensors(HEADS_FILE)
     values.update({name: heads.get(name, np.ones(look.shape, look.dtype)) for name, look in parameter_values(plan).items()})
     for segment in plan.segments:

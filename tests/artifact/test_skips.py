@@ -225,7 +225,7 @@ def test_measurements_of_no_mask_are_refused(artifact, masks):
 @pytest.mark.parametrize(("name", "count"), [("trunk_skip1", 0), ("trunk_skip1", 2), ("block_skip1", 1), ("trunk_final", 1)])
 def test_second_weights_that_do_not_fit_are_refused(artifact, name, count):
     segments = {
-        s.name: CompiledSegment(*graph_hashes(artifact, s.name), (f"{s.name}.0",), (f"{s.name}.0",) if s.has_two_norm_sets else (), 1e-6)
+        s.name: CompiledSegment(*graph_hashes(artifact, s.name), (f"{s.name}.0",), (f"{s.name}.0",) if s.has_two_norm_sets else (), (), 1e-6)
         for s in artifact.plan.segments
     }
     made = Compiled(

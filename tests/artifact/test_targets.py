@@ -50,7 +50,8 @@ KNOWN = "every file there is one that this format knows"
 def record(artifact: Artifact, target: str = "host", **changes: object) -> Compiled:
     """What a library says of itself that takes one derived tensor for each segment."""
     segments = {
-        s.name: CompiledSegment(artifact.manifest.files[graph_path(s.name)].sha256, "", (f"{s.name}.0",), (), 1e-6) for s in artifact.plan.segments
+        s.name: CompiledSegment(artifact.manifest.files[graph_path(s.name)].sha256, "", (f"{s.name}.0",), (), (), 1e-6)
+        for s in artifact.plan.segments
     }
     made = Compiled(
         target, target.split(".")[0], "x86_64-linux-gnu", "x86-64-v3", ("avx2", "fma"), None, "fp32", "0.27.0", "0.1.14", segments, "",

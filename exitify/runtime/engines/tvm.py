@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from exitify.artifact.artifact import Artifact, target_path
-from exitify.artifact.manifest import Compiled
+from exitify.artifact.manifest import Compiled, name_of
 from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.errors import EngineError, LibraryRefused, first_line
 from exitify.plan import Segment, Stretch
@@ -99,8 +99,8 @@ class TvmEngine(Engine):
     def bind(self, stretches: Sequence[Stretch], parameters: Parameters) -> Bound:
         return _Binding(self, stretches, parameters)
 
-    def function(self, segment: str, skipped: Collection[str] = ()) -> _Function:
-        """A segment's function for the calling thread while these skip paths are left out, looked up once.
+    def function(self, segment: str, skipped: Collection[str] = (), batch: int = 1) -> _Function:
+        """A segment's function for so many samples and the calling thread while these skip paths are left out, looked up once.
 
         TVM's virtual machine keeps the registers of a call in itself, so that each thread has a machine of its own.
         """
@@ -109,12 +109,18 @@ class TvmEngine(Engine):
             own.machine, own.functions = self._new_machine(), {}
         found = self.artifact.plan.segment(segment)
         is_second = found.follows in skipped
-        if (segment, is_second) not in own.functions:
-            own.functions[segment, is_second] = self._find(found, own.machine, is_second=is_second)
-        function: _Function = own.functions[segment, is_second]
+        key = segment, is_second, batch
+        if key not in own.functions:
+            own.functions[key] = self._find(found, own.machine, batch, is_second=is_second)
+        function: _Function = own.functions[key]
         return function
 
-    def _find(self, segment: Segment, machine: Any, *, is_second: bool) -> _Function:
+    def batches(self, stretch: Stretch) -> list[int]:
+        """Sizes of batches for which all of a stretch has functions, the largest first; 1 is always one."""
+        sizes = [self.compiled.segments[name].batches if name in self.compiled.segments else () for name in stretch.segments]
+        return [*sorted(set.intersection(*map(set, sizes)), reverse=True), 1]
+
+    def _find(self, segment: Segment, machine: Any, batch: int, *, is_second: bool) -> _Function:
         if is_second and segment.kind == "block":
             return lambda given: given  # left out: its output is its input
         compiled = self.compiled.segments.get(segment.name)
@@ -122,9 +128,9 @@ class TvmEngine(Engine):
             assert self._others is not None
             return _on_onnxruntime(self._others, segment, self.device, is_second=is_second)
         try:
-            call = machine[segment.name]
+            call = machine[name_of(segment.name, batch)]
         except AttributeError as error:
-            raise LibraryRefused(f"the library for {self.compiled.target!r} has no function {segment.name!r}", _AGAIN) from error
+            raise LibraryRefused(f"the library for {self.compiled.target!r} has no function {name_of(segment.name, batch)!r}", _AGAIN) from error
         weights = [self._weights[name] for name in (compiled.second_weights if is_second else compiled.weights)]
         if len(segment.outputs) == 1:
             return lambda given: (call(*given, *weights),)
@@ -153,7 +159,7 @@ class TvmEngine(Engine):
 
 
 _Function = Callable[[Sequence[Any]], Sequence[Any]]
-"""A segment: inputs and parameters to outputs, all of them tensors, batch 1."""
+"""A segment: inputs and parameters to outputs, all of them tensors."""
 
 
 class _Binding(Bound):
@@ -196,25 +202,32 @@ class _Binding(Bound):
 
 
 class _Runner(Runner):
-    """Samples one after the other, each through the stretch. Feature maps between stretches stay as the library keeps them."""
+    """As many samples at once as the library has functions for, through all of the stretch.
+
+    Feature maps between stretches stay as the library keeps them.
+    """
 
     def __init__(self, engine: TvmEngine, stretch: Stretch) -> None:
         self.engine, self.stretch = engine, stretch
         self.segments = [engine.artifact.plan.segment(name) for name in stretch.segments]
+        self.batches = engine.batches(stretch)
         for name in stretch.segments:
             engine.function(name, stretch.skipped)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.engine.use_threads()
-        steps = [(self.engine.function(segment.name, self.stretch.skipped), segment) for segment in self.segments]
         device = self.engine.device
         parameters = {name: device.place(inputs[name]) for name in self.stretch.parameters}
         count = len(inputs[self.stretch.inputs[0]])
         results: dict[str, list[Array]] = {name: [] for name in self.stretch.outputs}
-        for i in range(count):
-            values = {**parameters, **{name: device.place(inputs[name][i : i + 1]) for name in self.stretch.inputs}}
+        start = 0
+        while start < count:
+            batch = next(size for size in self.batches if size <= count - start)
+            values = {**parameters, **{name: device.place(inputs[name][start : start + batch]) for name in self.stretch.inputs}}
+            start += batch
             try:
-                for function, segment in steps:
+                for segment in self.segments:
+                    function = self.engine.function(segment.name, self.stretch.skipped, batch)
                     values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
             except Exception as error:
                 raise _failed(self.stretch, error) from error
