@@ -21,7 +21,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Precision
 from exitify.errors import first_line
-from exitify.lower import convolution, linear
+from exitify.lower import convolution, functions, linear  # noqa: F401 (functions: how processors compute exp and the like)
 from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.lift_constants import lift_constants
 from exitify.lower.precision import to_half

@@ -57,6 +57,8 @@ def seconds_of(kernels: list[str], target: dict[str, Any], repeats: int, driver:
     """
     import tvm
 
+    import exitify.lower.functions  # noqa: F401 (how processors compute exp and the like)
+
     if target["kind"] == "cuda":
         with tempfile.TemporaryDirectory(prefix="exitify-") as folder:
             modules = [tvm.ir.load_json(text) for text in kernels]
@@ -89,6 +91,7 @@ def built(module: Any, target: dict[str, Any], driver: str, linker: Sequence[str
     """Compile a module with one scheduled function `main` and write it as a library, a GPU's kernels as text in it."""
     import tvm
 
+    import exitify.lower.functions  # noqa: F401 (how processors compute exp and the like)
     from exitify.lower.graphics import kernels_inline
 
     of_gpu = kernels_inline(target["arch"], driver) if target["kind"] == "cuda" else contextlib.nullcontext()
