@@ -21,7 +21,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Precision
 from exitify.errors import first_line
-from exitify.lower import convolution, functions, linear  # noqa: F401 (functions: how processors compute exp and the like)
+from exitify.lower import attention, convolution, functions, linear  # noqa: F401 (functions: how processors compute exp and the like)
 from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.lift_constants import lift_constants
 from exitify.lower.precision import to_half
@@ -126,6 +126,8 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precisio
     try:
         with machine.target:
             module = tvm.transform.Sequential([transform.FoldConstant(), transform.DecomposeOpsForInference(), transform.FoldConstant()])(module)
+            if isinstance(machine, Machine):
+                module = transform.DeadCodeElimination()(attention.fuse_attention(module, machine.vectors))
             fused = tvm.transform.Sequential(passes)(to_half(module) if precision == "fp16" else module)
     except Exception as error:
         raise not_lowered(segment, first_line(error)) from error

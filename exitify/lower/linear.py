@@ -34,7 +34,7 @@ def packed_product(data: te.Tensor, weight: te.Tensor, columns: int, tile_rows: 
     k = te.reduce_axis((0, depth), name="k")
 
     def term(o: Any, m: Any, v: Any) -> Any:
-        return data[(*_unravel(tirx.min(m, rows - 1), lead), k)].astype("float32") * weight[o, k, v].astype("float32")
+        return data[(*unravel(tirx.min(m, rows - 1), lead), k)].astype("float32") * weight[o, k, v].astype("float32")
 
     sums = te.compute(
         (weight.shape[0], -(-rows // tile_rows) * tile_rows, block),
@@ -42,7 +42,7 @@ def packed_product(data: te.Tensor, weight: te.Tensor, columns: int, tile_rows: 
         name="product",
         attrs={ROWS: tile_rows},
     )
-    return te.compute((*lead, columns), lambda *at: sums[at[-1] // block, _ravel(at[:-1], lead), at[-1] % block], name="unpacked")
+    return te.compute((*lead, columns), lambda *at: sums[at[-1] // block, ravel(at[:-1], lead), at[-1] % block], name="unpacked")
 
 
 def dot_products(data: te.Tensor, weight: te.Tensor, lanes: int) -> te.Tensor:
@@ -95,7 +95,7 @@ def _before_transposing(builder: relax.BlockBuilder, weight: Any) -> Any:
     return None
 
 
-def _unravel(index: Any, sizes: list[int]) -> list[Any]:
+def unravel(index: Any, sizes: list[int]) -> list[Any]:
     """The position of the index-th element in an array of these sizes."""
     at: list[Any] = []
     for size in reversed(sizes):
@@ -104,7 +104,7 @@ def _unravel(index: Any, sizes: list[int]) -> list[Any]:
     return at
 
 
-def _ravel(at: Any, sizes: list[int]) -> Any:
+def ravel(at: Any, sizes: list[int]) -> Any:
     """The number of the element at this position."""
     index = tirx.const(0, "int64")
     for i, size in zip(at, sizes):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tvm
 from tvm import tirx
 
-from exitify.lower.schedules import convolution, fallback, product
+from exitify.lower.schedules import attention, convolution, fallback, product
 from exitify.lower.vectors import Vectors
 
-KINDS = (convolution, product, fallback)
+KINDS = (convolution, product, attention, fallback)
 
 
 def default_schedule(func: tirx.PrimFunc, vectors: Vectors) -> tvm.s_tir.Schedule:

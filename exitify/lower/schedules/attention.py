@@ -1,0 +1,76 @@
+"""Attention (`exitify.lower.attention`): each strip of rows through both products and the softmax between them."""
+
+from __future__ import annotations
+
+import math
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from exitify.lower.attention import COLUMNS, ROW_AXIS
+from exitify.lower.linear import ROWS
+from exitify.lower.schedules.blocks import child_blocks, extent, share
+from exitify.lower.vectors import Vectors
+
+STAGES = ("packed_keys", "similarities", "logits", "largest_by_lane", "largest", "powers", "norms_by_lane", "norms", "weighted", "attention")
+
+
+def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
+    """Tiles of both products in registers, the softmax in vectors of columns; strips shared among the threads."""
+    sch = Schedule(func)
+    blocks = child_blocks(sch)
+    if "similarities" not in blocks:
+        return None
+    for name, block in blocks.items():
+        if name not in STAGES:
+            sch.compute_inline(block)
+    notes = sch.get(blocks["similarities"]).annotations
+    tile_rows, tile_columns = int(notes[ROWS]), int(notes[COLUMNS])
+    *lead, channel = sch.get_loops(blocks["attention"])
+    row = lead.pop(int(sch.get(blocks["attention"]).annotations[ROW_AXIS]))
+    strip, row = sch.split(row, [None, tile_rows])
+    width = math.gcd(extent(sch, channel), vectors.lanes * max(1, vectors.accumulators // tile_rows))
+    block, channel = sch.split(channel, [None, width])
+    sch.reorder(*lead, strip, block, row, channel)
+    share(sch, [*lead, strip])
+    *_, strip, block, row, channel = sch.get_loops(blocks["attention"])
+    _in_registers(sch, row, channel, vectors)
+    sch.compute_at(blocks["weighted"], block, preserve_unit_loops=True)
+    for name in reversed(STAGES[2:-2]):
+        sch.compute_at(blocks[name], strip, preserve_unit_loops=True)
+    _sum_in_registers(sch, blocks["weighted"], vectors)
+    for name in ("largest_by_lane", "norms_by_lane"):
+        *_, row, lane, part = sch.get_loops(blocks[name])
+        sch.reorder(row, part, lane)
+        sch.vectorize(lane)
+        *_, lane = sch.get_loops(sch.decompose_reduction(blocks[name], part))
+        sch.vectorize(lane)
+    *_, column = sch.get_loops(blocks["powers"])
+    sch.vectorize(sch.split(column, [None, tile_columns])[1])
+    *_, row, column = sch.get_loops(blocks["logits"])
+    block, column = sch.split(column, [None, tile_columns])
+    sch.reorder(block, row, column)
+    _in_registers(sch, row, column, vectors)
+    sch.compute_at(blocks["similarities"], block, preserve_unit_loops=True)
+    _sum_in_registers(sch, blocks["similarities"], vectors)
+    *outer, depth, lane = sch.get_loops(blocks["packed_keys"])
+    share(sch, outer)
+    return sch
+
+
+def _sum_in_registers(sch: Schedule, product: SBlockRV, vectors: Vectors) -> None:
+    """A tile of a product: its sums in registers while what is summed up goes by."""
+    *_, row, column, k = sch.get_loops(product)
+    sch.reorder(k, row, column)
+    _in_registers(sch, row, column, vectors)
+    *_, row, column = sch.get_loops(sch.decompose_reduction(product, k))[: None]
+    _in_registers(sch, row, column, vectors)
+
+
+def _in_registers(sch: Schedule, row: LoopRV, column: LoopRV, vectors: Vectors) -> None:
+    sch.unroll(row)
+    if extent(sch, column) > vectors.lanes:
+        several, column = sch.split(column, [None, vectors.lanes])
+        sch.unroll(several)
+    sch.vectorize(column)
