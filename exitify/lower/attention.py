@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections import Counter
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +89,9 @@ class _Fuse(PyExprMutator):  # type: ignore[misc]
         def compute(*tensors: te.Tensor) -> te.Tensor:
             known = dict(zip(sources, tensors))
             queries, keys, values = (part.of(known[part.source]) for part in parts)
-            return scaled_attention(queries, keys, values, attention.scale, tensors[len(sources) :], tile, is_merged=attention.is_merged)
+            return scaled_attention(
+                queries, keys, values, attention.scale, tensors[len(sources) :], tile, self.vectors.lanes, is_merged=attention.is_merged
+            )
 
         arguments = [*(self.visit_expr(source) for source in sources), *(relax.const(bias) for bias in biases)]
         call = self.builder_.call_te(compute, *arguments, primfunc_name_hint="attention", primfunc_attrs={"op_pattern": OPAQUE})
@@ -98,14 +100,14 @@ class _Fuse(PyExprMutator):  # type: ignore[misc]
 
 
 def scaled_attention(
-    queries: te.Tensor, keys: te.Tensor, values: te.Tensor, scale: float, biases: Sequence[te.Tensor], tile: Tile, *, is_merged: bool
+    queries: te.Tensor, keys: te.Tensor, values: te.Tensor, scale: float, biases: Sequence[te.Tensor], tile: Tile, lanes: int, *, is_merged: bool
 ) -> te.Tensor:
     """Return softmax(scale · queries · keys + biases) · values.
 
     Args:
         queries: `(..., M, D)`. keys: `(..., D, N)`. values: `(..., N, C)`.
         biases: As `Attention` has them, their rows made whole tiles with any finite numbers.
-        tile: Of the similarities, `pixels` rows and `filters` columns.
+        tile: Of the similarities, `pixels` rows and `filters` columns. lanes: Of a vector.
         is_merged: Whether `(B, heads, M, C)` is wanted as `(B, M, heads, C)`.
     """
     *lead, rows, depth = (int(size) for size in queries.shape)
@@ -138,9 +140,9 @@ def scaled_attention(
         return tirx.Select(c < columns, value, tirx.min_value("float32")) if columns_computed > columns else value
 
     logits = te.compute(computed, logit, name="logits")
-    largest = _over_columns(te.max, logits, width, "largest")
-    powers = te.compute(computed, lambda g, m, c: tirx.exp(logits[g, m, c] - largest[g, m]), name="powers")
-    norms = _over_columns(te.sum, powers, width, "norms")
+    largest = _over_columns(te.max, tirx.max, logits, lanes, "largest")
+    powers = te.compute(computed, lambda g, m, c: tirx.exp(logits[g, m, c] - largest[g, m, 0]), name="powers")
+    norm = _over_columns(te.sum, operator.add, powers, lanes, "norm")
     weighted = te.compute(
         (groups, rows_computed, channels),
         lambda g, m, c: te.sum(powers[g, m, n] * values[(*unravel(g, lead), n, c)], axis=n),
@@ -148,7 +150,7 @@ def scaled_attention(
     )
 
     def result(g: Any, m: Any, c: Any) -> Any:
-        return weighted[g, m, c] / norms[g, m]
+        return weighted[g, m, c] / norm[g, m, 0]
 
     if is_merged:
         merged = (lead[0], rows, lead[1], channels)
@@ -156,12 +158,19 @@ def scaled_attention(
     return te.compute((*lead, rows, channels), lambda *at: result(ravel(at[:-2], lead), *at[-2:]), name="attention", attrs={ROW_AXIS: len(lead)})
 
 
-def _over_columns(reduce: Callable[..., Any], tensor: te.Tensor, width: int, name: str) -> te.Tensor:
-    """A row's columns reduced, first to `width` of them, which are lanes of vectors."""
+def _over_columns(reduce: Any, two: Callable[[Any, Any], Any], tensor: te.Tensor, lanes: int, name: str) -> te.Tensor:
+    """A row's columns reduced, to a vector of them and that by halves: `(groups, rows, 1)`."""
     groups, rows, columns = (int(size) for size in tensor.shape)
-    part, lane = te.reduce_axis((0, columns // width), name="part"), te.reduce_axis((0, width), name="lane")
-    lanes = te.compute((groups, rows, width), lambda g, m, v: reduce(tensor[g, m, part * width + v], axis=part), name=f"{name}_by_lane")
-    return te.compute((groups, rows), lambda g, m: reduce(lanes[g, m, lane], axis=lane), name=name)
+    part = te.reduce_axis((0, columns // lanes), name="part")
+    found = te.compute((groups, rows, lanes), lambda g, m, v: reduce(tensor[g, m, part * lanes + v], axis=part), name=f"{name}_of_lanes")
+    while lanes > 1:
+        lanes //= 2
+        found = _halved(two, found, lanes, f"{name}_{lanes}")
+    return found
+
+
+def _halved(two: Callable[[Any, Any], Any], tensor: te.Tensor, lanes: int, name: str) -> te.Tensor:
+    return te.compute((*tensor.shape[:-1], lanes), lambda g, m, v: two(tensor[g, m, v], tensor[g, m, v + lanes]), name=name)
 
 
 def attentions(function: relax.Function) -> list[Attention]:
@@ -218,10 +227,11 @@ class _Search:
 
     def _scale_and_biases(self, value: Any) -> tuple[Any, float, list[NDArray[Any]]] | None:
         """The product behind a value, and what it is multiplied with and what is added to it before it is that value."""
-        scale, biases = 1.0, []
+        scale = 1.0
+        biases: list[NDArray[Any]] = []
         columns = int(value.ty.shape.values[-1])
         while self.only_reader(value) is not None:
-            call = self.values.get(value)
+            call: Any = self.values.get(value)
             kind = _operator(call)
             if kind == "relax.matmul":
                 return call, scale, biases

@@ -13,7 +13,7 @@ from exitify.lower.linear import ROWS
 from exitify.lower.schedules.blocks import child_blocks, extent, share
 from exitify.lower.vectors import Vectors
 
-STAGES = ("packed_keys", "similarities", "logits", "largest_by_lane", "largest", "powers", "norms_by_lane", "norms", "weighted", "attention")
+PRODUCTS = ("packed_keys", "similarities", "weighted", "attention")
 
 
 def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
@@ -22,8 +22,9 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     blocks = child_blocks(sch)
     if "similarities" not in blocks:
         return None
+    softmax = [name for name in blocks if name.startswith(("logits", "largest_", "powers", "norm_"))]
     for name, block in blocks.items():
-        if name not in STAGES:
+        if name not in (*PRODUCTS, *softmax):
             sch.compute_inline(block)
     notes = sch.get(blocks["similarities"]).annotations
     tile_rows, tile_columns = int(notes[ROWS]), int(notes[COLUMNS])
@@ -37,15 +38,17 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     *_, strip, block, row, channel = sch.get_loops(blocks["attention"])
     _in_registers(sch, row, channel, vectors)
     sch.compute_at(blocks["weighted"], block, preserve_unit_loops=True)
-    for name in reversed(STAGES[2:-2]):
+    for name in reversed(softmax):
         sch.compute_at(blocks[name], strip, preserve_unit_loops=True)
     _sum_in_registers(sch, blocks["weighted"], vectors)
-    for name in ("largest_by_lane", "norms_by_lane"):
-        *_, row, lane, part = sch.get_loops(blocks[name])
-        sch.reorder(row, part, lane)
-        sch.vectorize(lane)
-        *_, lane = sch.get_loops(sch.decompose_reduction(blocks[name], part))
-        sch.vectorize(lane)
+    for name in softmax:
+        if name.endswith("_of_lanes"):
+            *_, lane, part = sch.get_loops(blocks[name])
+            sch.reorder(part, lane)
+            sch.vectorize(lane)
+            sch.vectorize(sch.get_loops(sch.decompose_reduction(blocks[name], part))[-1])
+        elif name.startswith(("largest_", "norm_")):
+            sch.vectorize(sch.get_loops(blocks[name])[-1])
     *_, column = sch.get_loops(blocks["powers"])
     sch.vectorize(sch.split(column, [None, tile_columns])[1])
     *_, row, column = sch.get_loops(blocks["logits"])
@@ -54,8 +57,8 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     _in_registers(sch, row, column, vectors)
     sch.compute_at(blocks["similarities"], block, preserve_unit_loops=True)
     _sum_in_registers(sch, blocks["similarities"], vectors)
-    *outer, depth, lane = sch.get_loops(blocks["packed_keys"])
-    share(sch, outer)
+    group, block, *_ = sch.get_loops(blocks["packed_keys"])
+    share(sch, [group, block])
     return sch
 
 
@@ -64,7 +67,7 @@ def _sum_in_registers(sch: Schedule, product: SBlockRV, vectors: Vectors) -> Non
     *_, row, column, k = sch.get_loops(product)
     sch.reorder(k, row, column)
     _in_registers(sch, row, column, vectors)
-    *_, row, column = sch.get_loops(sch.decompose_reduction(product, k))[: None]
+    *_, row, column = sch.get_loops(sch.decompose_reduction(product, k))[:None]
     _in_registers(sch, row, column, vectors)
 
 
