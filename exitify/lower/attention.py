@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from tvm import relax, te, tirx, topi
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from exitify.lower.linear import ROWS, ravel, unravel
+from exitify.lower.normalization import over_columns
 from exitify.lower.vectors import Tile, Vectors
 
 COLUMNS, ROW_AXIS = "exitify.columns", "exitify.row_axis"
@@ -139,10 +139,10 @@ def scaled_attention(
         value = sum((bias(tensor, g, m, c) for tensor in biases), similarities[g, m, c] * tirx.const(scale, "float32"))
         return tirx.Select(c < columns, value, tirx.min_value("float32")) if columns_computed > columns else value
 
-    logits = te.compute(computed, logit, name="logits")
-    largest = _over_columns(te.max, tirx.max, logits, lanes, "largest")
-    powers = te.compute(computed, lambda g, m, c: tirx.exp(logits[g, m, c] - largest[g, m, 0]), name="powers")
-    norm = _over_columns(te.sum, operator.add, powers, lanes, "norm")
+    logits = te.compute(computed, logit, name="row_logits")
+    largest = over_columns("largest", lambda *at: logits[at], computed, lanes)
+    powers = te.compute(computed, lambda g, m, c: tirx.exp(logits[g, m, c] - largest[g, m, 0]), name="row_powers")
+    sums = over_columns("sum", lambda *at: powers[at], computed, lanes)
     weighted = te.compute(
         (groups, rows_computed, channels),
         lambda g, m, c: te.sum(powers[g, m, n] * values[(*unravel(g, lead), n, c)], axis=n),
@@ -150,27 +150,12 @@ def scaled_attention(
     )
 
     def result(g: Any, m: Any, c: Any) -> Any:
-        return weighted[g, m, c] / norm[g, m, 0]
+        return weighted[g, m, c] / sums[g, m, 0]
 
     if is_merged:
         merged = (lead[0], rows, lead[1], channels)
         return te.compute(merged, lambda b, m, h, c: result(b * lead[1] + h, m, c), name="attention", attrs={ROW_AXIS: 1})
     return te.compute((*lead, rows, channels), lambda *at: result(ravel(at[:-2], lead), *at[-2:]), name="attention", attrs={ROW_AXIS: len(lead)})
-
-
-def _over_columns(reduce: Any, two: Callable[[Any, Any], Any], tensor: te.Tensor, lanes: int, name: str) -> te.Tensor:
-    """A row's columns reduced, to a vector of them and that by halves: `(groups, rows, 1)`."""
-    groups, rows, columns = (int(size) for size in tensor.shape)
-    part = te.reduce_axis((0, columns // lanes), name="part")
-    found = te.compute((groups, rows, lanes), lambda g, m, v: reduce(tensor[g, m, part * lanes + v], axis=part), name=f"{name}_of_lanes")
-    while lanes > 1:
-        lanes //= 2
-        found = _halved(two, found, lanes, f"{name}_{lanes}")
-    return found
-
-
-def _halved(two: Callable[[Any, Any], Any], tensor: te.Tensor, lanes: int, name: str) -> te.Tensor:
-    return te.compute((*tensor.shape[:-1], lanes), lambda g, m, v: two(tensor[g, m, v], tensor[g, m, v + lanes]), name=name)
 
 
 def attentions(function: relax.Function) -> list[Attention]:

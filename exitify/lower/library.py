@@ -21,7 +21,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Precision
 from exitify.errors import first_line
-from exitify.lower import attention, convolution, functions, linear  # noqa: F401 (functions: how processors compute exp and the like)
+from exitify.lower import attention, convolution, functions, linear, normalization  # noqa: F401 (functions: how processors compute exp and the like)
 from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.lift_constants import lift_constants
 from exitify.lower.precision import to_half
@@ -114,7 +114,11 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precisio
     """Operators to kernels; element-wise ones joined to what they follow."""
     forms = {}
     if isinstance(machine, Machine):
-        forms = {"relax.nn.conv2d": convolution.legalize(machine.vectors), "relax.matmul": linear.legalize(machine.vectors)}
+        forms = {
+            "relax.nn.conv2d": convolution.legalize(machine.vectors),
+            "relax.matmul": linear.legalize(machine.vectors),
+            **normalization.legalize(machine.vectors),
+        }
     passes = [
         transform.LegalizeOps(forms),
         transform.FoldConstant(),

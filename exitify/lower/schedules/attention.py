@@ -11,6 +11,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from exitify.lower.attention import COLUMNS, ROW_AXIS
 from exitify.lower.linear import ROWS
 from exitify.lower.schedules.blocks import child_blocks, extent, share
+from exitify.lower.schedules.normalization import in_vectors
 from exitify.lower.vectors import Vectors
 
 PRODUCTS = ("packed_keys", "similarities", "weighted", "attention")
@@ -22,9 +23,9 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     blocks = child_blocks(sch)
     if "similarities" not in blocks:
         return None
-    softmax = [name for name in blocks if name.startswith(("logits", "largest_", "powers", "norm_"))]
+    rows = {name: block for name, block in blocks.items() if name.startswith("row_")}
     for name, block in blocks.items():
-        if name not in (*PRODUCTS, *softmax):
+        if name not in (*PRODUCTS, *rows):
             sch.compute_inline(block)
     notes = sch.get(blocks["similarities"]).annotations
     tile_rows, tile_columns = int(notes[ROWS]), int(notes[COLUMNS])
@@ -38,20 +39,12 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     *_, strip, block, row, channel = sch.get_loops(blocks["attention"])
     _in_registers(sch, row, channel, vectors)
     sch.compute_at(blocks["weighted"], block, preserve_unit_loops=True)
-    for name in reversed(softmax):
-        sch.compute_at(blocks[name], strip, preserve_unit_loops=True)
+    for name in reversed(rows):
+        sch.compute_at(rows[name], strip, preserve_unit_loops=True)
     _sum_in_registers(sch, blocks["weighted"], vectors)
-    for name in softmax:
-        if name.endswith("_of_lanes"):
-            *_, lane, part = sch.get_loops(blocks[name])
-            sch.reorder(part, lane)
-            sch.vectorize(lane)
-            sch.vectorize(sch.get_loops(sch.decompose_reduction(blocks[name], part))[-1])
-        elif name.startswith(("largest_", "norm_")):
-            sch.vectorize(sch.get_loops(blocks[name])[-1])
-    *_, column = sch.get_loops(blocks["powers"])
-    sch.vectorize(sch.split(column, [None, tile_columns])[1])
-    *_, row, column = sch.get_loops(blocks["logits"])
+    for name in rows.keys() - {"row_logits"}:
+        in_vectors(sch, name, rows[name], vectors)
+    *_, row, column = sch.get_loops(blocks["row_logits"])
     block, column = sch.split(column, [None, tile_columns])
     sch.reorder(block, row, column)
     _in_registers(sch, row, column, vectors)
