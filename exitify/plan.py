@@ -426,6 +426,13 @@ class Plan:
         read = {value for segment in self.segments if segment.kind != "head" and segment.name not in before for value in segment.inputs}
         return sum(self.values[value].size_bytes for value in made & read)
 
+    def maps_between(self, segments: Collection[str]) -> set[str]:
+        """Feature maps, `(C, H, W)` in float32, that these segments alone make and read."""
+        made = {name for segment in self.segments if segment.name in segments for name in segment.outputs}
+        read_by_others = {name for segment in self.segments if segment.name not in segments for name in segment.inputs}
+        maps = {name for name, value in self.values.items() if len(value.shape) == 3 and value.dtype == "float32"}
+        return (made & maps) - read_by_others - {self.input, self.output}
+
     @property
     def full_macs(self) -> int:
         """Multiply-adds of the network without any exit, nothing left out."""

@@ -519,6 +519,8 @@ def _check_targets(artifact: Artifact) -> None:
                 raise MalformedManifest(f"the library for {name!r} names {word[:80]!r} as a part of its machine or of TVM", _AGAIN)
         if not set(compiled.segments) <= known or (not compiled.left_to and set(compiled.segments) != known):
             raise MalformedManifest(f"the library for {name!r} was compiled for other segments", "compile again: `exitify compile`")
+        if not set(compiled.in_blocks) <= artifact.plan.maps_between(compiled.segments) or (compiled.block > 0) != bool(compiled.in_blocks):
+            raise MalformedManifest(f"the library for {name!r} keeps other values in blocks of channels than it can", _AGAIN)
         for segment, made in compiled.segments.items():
             expected = len(made.weights) if artifact.plan.segment(segment).has_two_norm_sets else 0
             if len(made.second_weights) != expected:

@@ -9,7 +9,7 @@ from typing import Literal
 from exitify.errors import DataError
 from exitify.plan import FINAL, Plan
 
-FORMAT = 5
+FORMAT = 6
 """The version of the format that this release writes, and the only one it reads."""
 
 
@@ -330,6 +330,8 @@ class Compiled:
     tvm: Version of apache-tvm. tvm_ffi: Version of apache-tvm-ffi. The library runs on this pair alone.
     segments: What was compiled, by the segment's name, which is its function's name in the library.
     left_to: What runs the segments that are not in the library: `onnxruntime`, or nothing.
+    in_blocks: Values that its functions take and give as `(1, ceil(C / block), H, W, block)`, zeros or any numbers past the last
+        channel, where the plan says `(1, C, H, W)`. block: 0 where there are none.
     sources: sha256 of each source tensor that derived weights were computed from, by name.
     tolerance: Most that a segment's error may be.
     trials: Candidates that were measured for its kernels.
@@ -346,6 +348,8 @@ class Compiled:
     tvm_ffi: str
     segments: Mapping[str, CompiledSegment]
     left_to: Literal["", "onnxruntime"]
+    in_blocks: tuple[str, ...]
+    block: int
     sources: Mapping[str, str]
     tolerance: float
     trials: int

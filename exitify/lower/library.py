@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,8 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Precision
 from exitify.errors import first_line
-from exitify.lower import attention, convolution, functions, linear, normalization  # noqa: F401 (functions: how processors compute exp and the like)
+from exitify.lower import attention, functions, linear, normalization  # noqa: F401 (functions: how processors compute exp and the like)
+from exitify.lower.blocked import IN_ROWS, Borders, to_blocks
 from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.lift_constants import lift_constants
 from exitify.lower.precision import to_half
@@ -37,11 +39,14 @@ class Kernels:
     module: A Relax function a segment, under the segment's name; and kernels, equal ones once.
     weights: What each function takes behind the plan's inputs and parameters, in order.
     second_weights: What those whose norms have a second set take in its place.
+    in_blocks: Values that functions take and give in blocks of channels, `(1, ceil(C / block), H, W, block)`; block: Their last size.
     """
 
     module: tvm.IRModule
     weights: Mapping[str, tuple[NDArray[Any], ...]]
     second_weights: Mapping[str, tuple[NDArray[Any], ...]]
+    in_blocks: frozenset[str] = frozenset()
+    block: int = 0
 
     @property
     def kernels(self) -> dict[str, tirx.PrimFunc]:
@@ -81,26 +86,50 @@ def lower_segments(
     Raises:
         NotLowered: TVM cannot take a segment, and `leave` is false.
     """
+    while True:
+        kernels, refused = _lowered(artifact, segments, machine, precision)
+        if not refused:
+            return kernels
+        if not leave:
+            raise next(iter(refused.values()))
+        # Once more without them: what they take and give is rows of images.
+        segments = [segment for segment in segments if segment.name not in refused]
+
+
+def _lowered(artifact: Artifact, segments: Sequence[Segment], machine: AnyMachine, precision: Precision) -> tuple[Kernels, dict[str, NotLowered]]:
+    """The segments that TVM can take, and why it cannot take the others."""
     builder = relax.BlockBuilder()
     weights: dict[str, tuple[NDArray[Any], ...]] = {}
     second_weights: dict[str, tuple[NDArray[Any], ...]] = {}
+    refused: dict[str, NotLowered] = {}
+    between, in_blocks = artifact.plan.maps_between({segment.name for segment in segments}), set[str]()
     for segment in segments:
+        borders = _borders(segment, between, in_blocks)
         try:
-            lowered = _fused(segment_module(artifact, segment), segment, machine, precision)
+            lowered, given = _fused(segment_module(artifact, segment), segment, machine, precision, borders)
             function, constants = lift_constants(lowered["main"])
             if segment.has_two_norm_sets:
-                second = _fused(segment_module(artifact, segment, second=True), segment, machine, precision)
+                second, _ = _fused(segment_module(artifact, segment, second=True), segment, machine, precision, borders)
                 second_weights[segment.name] = _in_place_of(constants, lift_constants(second["main"])[1], segment)
-        except NotLowered:
-            if not leave:
-                raise
+        except NotLowered as refusal:
+            refused[segment.name] = refusal
             continue
+        in_blocks.update(segment.outputs[number] for number in given)
         known = {
             var.name_hint: builder.add_func(kernel, var.name_hint) for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)
         }
         builder.add_func(_calling(function, known).with_attr("global_symbol", segment.name), segment.name)
         weights[segment.name] = tuple(constants)
-    return Kernels(builder.get(), weights, second_weights)
+    block = machine.vectors.lanes if isinstance(machine, Machine) else 0
+    return Kernels(builder.get(), weights, second_weights, frozenset(in_blocks), block if in_blocks else 0), refused
+
+
+def _borders(segment: Segment, between: AbstractSet[str], in_blocks: AbstractSet[str]) -> Borders:
+    """What a segment takes and may give in blocks. Where a block may be left out, its output is its input: both are in blocks, or neither."""
+    taken = [number for number, name in enumerate(segment.inputs) if name in in_blocks]
+    if segment.kind == "block":
+        return Borders(taken, given=taken)
+    return Borders(taken, may=[number for number, name in enumerate(segment.outputs) if name in between])
 
 
 def _in_place_of(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]], segment: Segment) -> tuple[NDArray[Any], ...]:
@@ -110,15 +139,13 @@ def _in_place_of(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]], 
     return tuple(one if np.array_equal(one, other) else other for one, other in zip(first, second))
 
 
-def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precision: Precision = "fp32") -> tvm.IRModule:
-    """Operators to kernels; element-wise ones joined to what they follow."""
+def _fused(
+    module: tvm.IRModule, segment: Segment, machine: AnyMachine, precision: Precision = "fp32", borders: Borders = IN_ROWS
+) -> tuple[tvm.IRModule, frozenset[int]]:
+    """Operators to kernels, element-wise ones joined to what they follow; and which outputs are in blocks of channels."""
     forms = {}
     if isinstance(machine, Machine):
-        forms = {
-            "relax.nn.conv2d": convolution.legalize(machine.vectors),
-            "relax.matmul": linear.legalize(machine.vectors),
-            **normalization.legalize(machine.vectors),
-        }
+        forms = {"relax.matmul": linear.legalize(machine.vectors), **normalization.legalize(machine.vectors)}
     passes = [
         transform.LegalizeOps(forms),
         transform.FoldConstant(),
@@ -130,9 +157,12 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precisio
     try:
         with machine.target:
             module = tvm.transform.Sequential([transform.FoldConstant(), transform.DecomposeOpsForInference(), transform.FoldConstant()])(module)
+            module = to_half(module) if precision == "fp16" else module
+            given: frozenset[int] = frozenset()
             if isinstance(machine, Machine):
                 module = transform.DeadCodeElimination()(attention.fuse_attention(module, machine.vectors))
-            fused = tvm.transform.Sequential(passes)(to_half(module) if precision == "fp16" else module)
+                module, given = to_blocks(module, machine.vectors, borders)
+            fused = tvm.transform.Sequential(passes)(module)
     except Exception as error:
         raise not_lowered(segment, first_line(error)) from error
     left: list[str] = []
@@ -145,7 +175,7 @@ def _fused(module: tvm.IRModule, segment: Segment, machine: AnyMachine, precisio
     relax.analysis.post_order_visit(fused["main"], note)
     if left:
         raise not_lowered(segment, f"it has no kernel for {', '.join(sorted(set(left)))}")
-    return fused
+    return fused, given
 
 
 def _calling(function: relax.Function, known: Mapping[str, Any]) -> relax.Function:

@@ -121,6 +121,8 @@ def compile_artifact(
             for segment in kernels.weights
         },
         left_to=fallback if len(kernels.weights) < len(artifact.plan.segments) else "",
+        in_blocks=tuple(sorted(kernels.in_blocks)),
+        block=kernels.block,
         sources=source_hashes(artifact, kernels.weights),
         tolerance=TOLERANCE[precision],
         trials=measured,

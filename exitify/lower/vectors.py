@@ -41,9 +41,9 @@ class Vectors:
 
     def tile(self, columns: int, filters: int, stride: int) -> Tile:
         """The tile for rows of so many pixels, `stride` apart in the input: the one whose work is least, by `_price`."""
-        widths = [self.lanes * k for k in ((1,) if self.lanes > 8 else (1, 2, 3))]  # two of 16 lanes took 1.1 times as long as one
-        tiles = [Tile(block, width, "pixels") for block in (4, 8) for width in widths if stride == 1 and columns % width == 0]
-        tiles += [Tile(width, pixels, "filters") for width in widths for pixels in range(1, self.accumulators + 1)]
+        blocks = -(-filters // self.lanes)
+        widths = [self.lanes * k for k in (1, 2, 3, 4) if blocks % k == 0]
+        tiles = [Tile(width, pixels, "filters") for width in widths for pixels in range(1, self.accumulators + 1)]
         fitting = [tile for tile in tiles if tile.filters * tile.pixels <= self.accumulators * self.lanes]
         return min(fitting, key=lambda tile: self._price(tile, columns, filters))
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from exitify.artifact.artifact import HEADS_FILE, Artifact, parameter_values
+from exitify.lower.blocked import in_blocks
 from exitify.lower.library import Kernels
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines import make_engine
@@ -29,8 +30,10 @@ def segment_errors(artifact: Artifact, kernels: Kernels, executable: relax.VMExe
     """
     machine = relax.VirtualMachine(executable, tvm.cpu())
     for segment, weights, given, expected, _ in _reference(artifact, kernels):
-        found = machine[segment.name](*(_tensor(array) for array in (*given, *weights)))
+        taken = [_form(name, array, kernels) for name, array in zip((*segment.inputs, *segment.parameters), given)]
+        found = machine[segment.name](*(_tensor(array) for array in (*taken, *weights)))
         outputs = [found] if len(segment.outputs) == 1 else list(found)
+        expected = [_form(name, array, kernels) for name, array in zip(segment.outputs, expected)]
         # NumPy's largest: where one is not a number, Python's may be another.
         yield segment.name, float(np.max([_difference(output.numpy(), array) for output, array in zip(outputs, expected)]))
 
@@ -62,6 +65,11 @@ def _reference(artifact: Artifact, kernels: Kernels) -> Iterator[tuple[Segment, 
             second = replace(stretch, skipped=(segment.follows,))
             found = engine.prepare(second)(given)
             yield segment, kernels.second_weights[segment.name], list(given.values()), [found[name] for name in segment.outputs], second
+
+
+def _form(name: str, array: Array, kernels: Kernels) -> Array:
+    """A value as functions take and give it."""
+    return in_blocks(array, kernels.block) if name in kernels.in_blocks else array
 
 
 def _difference(found: NDArray[Any], expected: NDArray[Any]) -> float:

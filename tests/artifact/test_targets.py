@@ -43,6 +43,7 @@ SEGMENTS = "a library's segments are the plan's, all of them unless left_to says
 WEIGHTS = "a target's weights.safetensors holds each tensor that its segments take, each taken by one of them, and no other"
 WORDS = "triple, cpu, features and versions of TVM have 1 to 64 letters, digits, `_`, `.`, `+` and `-`"
 OF_GPU = "a GPU's architecture is `sm_` with 2 or 3 digits, PTX and compiler are two numbers with a point, and the mark has its form"
+BLOCKS = "in_blocks names values of three sizes in float32 that segments of the library alone make and read; block is 0 if it names none"
 KNOWN = "every file there is one that this format knows"
 
 
@@ -53,7 +54,7 @@ def record(artifact: Artifact, target: str = "host", **changes: object) -> Compi
     }
     made = Compiled(
         target, target.split(".")[0], "x86_64-linux-gnu", "x86-64-v3", ("avx2", "fma"), None, "fp32", "0.27.0", "0.1.14", segments, "",
-        source_hashes(artifact, segments), 1e-4, 0,
+        (), 0, source_hashes(artifact, segments), 1e-4, 0,
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -184,6 +185,29 @@ def test_libraries_of_one_board_stand_side_by_side_under_names_that_say_what_the
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
+def test_feature_maps_between_segments_may_be_in_blocks_and_nothing_else_may(plain: Artifact) -> None:
+    plan = plain.plan
+    between = sorted(plan.maps_between([segment.name for segment in plan.segments]))
+    assert between
+    kept = with_library(plain, in_blocks=tuple(between), block=8)
+    assert (reopened(kept).targets["host"].in_blocks, reopened(kept).targets["host"].block) == (tuple(between), 8)
+    others = [{"in_blocks": (name,), "block": 8} for name in plan.values if name not in between]
+    assert {plan.input, plan.output} <= {other["in_blocks"][0] for other in others}
+    for wrong in [*others, {"in_blocks": ("?",), "block": 8}, {"in_blocks": tuple(between), "block": 0}, {"block": 8}]:
+        with refused(BLOCKS, match="keeps other values in blocks of channels than it can"):
+            reopened(with_library(plain, **wrong))
+
+
+def test_a_map_that_another_engine_reads_is_in_rows(plain: Artifact) -> None:
+    segments = [segment.name for segment in plain.plan.segments]
+    between = plain.plan.maps_between(segments)
+    fewer = {name: made for name, made in record(plain).segments.items() if name != "trunk_final"}
+    read = set(plain.plan.segment("trunk_final").inputs) & between
+    assert read
+    with refused(BLOCKS, match="keeps other values in blocks"):
+        reopened(with_library(plain, segments=fewer, left_to="onnxruntime", in_blocks=tuple(read), block=4))
+
+
 @pytest.mark.parametrize("name", ["compiled.json", "library.so", "weights.safetensors"])
 def test_a_target_without_one_of_its_files_is_refused(artifact: Artifact, name: str) -> None:
     files = {path: data for path, data in artifact.files.items() if path != f"targets/host/{name}"}
@@ -195,7 +219,7 @@ def test_a_target_without_one_of_its_files_is_refused(artifact: Artifact, name: 
     "path", ["targets/host/evil.so", "targets/library.so", "targets/host/deep/library.so", "targets/host/library.so.1", "target/host/library.so"]
 )
 def test_another_file_among_the_targets_is_refused(artifact: Artifact, path: str) -> None:
-    with refused(KNOWN, match=f"holds '{path}', which format 5 does not know"):
+    with refused(KNOWN, match=f"holds '{path}', which format 6 does not know"):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: LIBRARY}))
 
 

@@ -369,7 +369,7 @@ def _bad_artifacts(folder: Path) -> None:
         "flipped_weight": flipped(start + len(files[WEIGHTS_FILE]) - 5),
         "flipped_directory": flipped(len(whole) - 60),
         "longer": whole + b"!",
-        "version": rewritten({**files, "manifest.json": files["manifest.json"].replace(b'"format": 5', b'"format": 6', 1)}),
+        "version": rewritten({**files, "manifest.json": files["manifest.json"].replace(b'"format": 6', b'"format": 7', 1)}),
         "leaves_folder": rewritten({**files, "../../evil.json": b"{}"}),
         "absolute": rewritten({**files, "/etc/evil": b"{}"}),
     }.items():
@@ -478,7 +478,7 @@ BAD = {
     "flipped in a weight": (("inspect", "flipped_weight.exitify"), "altered"),
     "flipped in the directory": (("inspect", "flipped_directory.exitify"), r"flipped_directory\.exitify: "),
     "with a byte more": (("inspect", "longer.exitify"), "1 bytes after its end"),
-    "of the next version": (("inspect", "version.exitify"), "format 6, and this release reads 5"),
+    "of the next version": (("inspect", "version.exitify"), "format 7, and this release reads 6"),
     "a path that leaves the folder": (("inspect", "leaves_folder.exitify"), r"'\.\./\.\./evil\.json' in the artifact is not a plain relative path"),
     "an absolute path": (("inspect", "absolute.exitify"), "'/etc/evil' in the artifact is not a plain relative path"),
     "flipped, run": (("run", "flipped_weight.exitify", "x.npy"), "altered"),

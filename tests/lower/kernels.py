@@ -53,7 +53,7 @@ def module_of(arrays: Sequence[Array], write: Callable[..., Sequence[relax.Expr]
 
 def lowered(module: tvm.IRModule, machine: Machine = HERE) -> Kernels:
     """The module's operators as kernels, constants inside."""
-    return Kernels(library._fused(module, SEGMENT, machine), {}, {})
+    return Kernels(library._fused(module, SEGMENT, machine)[0], {}, {})
 
 
 def function(kernels: Kernels, machine: Machine = HERE, scheduled: Mapping[str, tirx.PrimFunc] | None = None) -> Callable[..., list[Array]]:

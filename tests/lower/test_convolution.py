@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax
 
-from exitify.lower.convolution import Shape, pack_weight
+from exitify.lower import library
+from exitify.lower.convolution import Shape, channels_together, pack_weight
 from exitify.lower.schedules import convolution, default_schedule
 from exitify.lower.vectors import Vectors
 from tests.lower.kernels import UNITS, Array, assert_rounded, lowered, machine_with, module_of, run, stages
@@ -158,12 +159,13 @@ def test_every_choice_of_the_tuner_computes_the_same(vectors, seed):
     ]
     network, machine, draw = Network(cases), machine_with(vectors), random.Random(seed)
     kernels = lowered(network.module, machine)
-    tried = {name: convolution.choices(kernel, vectors) for name, kernel in kernels.kernels.items()}
+    packed = {name: kernel for name, kernel in kernels.kernels.items() if is_packed(kernel)}
+    tried = {name: convolution.choices(kernel, vectors) for name, kernel in packed.items()}
     assert sum(len(choices) > 3 for choices in tried.values()) >= 2
     for _ in range(3):
         chosen = {name: draw.choice(choices[1:] or choices) for name, choices in tried.items()}
-        scheduled = {name: convolution.schedule(kernel, vectors, chosen[name]).mod["main"] for name, kernel in kernels.kernels.items()}
-        network.check(run(kernels, network.inputs, machine, scheduled))
+        scheduled = {name: convolution.schedule(kernel, vectors, chosen[name]).mod["main"] for name, kernel in packed.items()}
+        network.check(run(kernels, network.inputs, machine, {**library.scheduled_by_default(kernels, machine), **scheduled}))
 
 
 @st.composite
@@ -193,7 +195,7 @@ def test_windows_of_an_image_are_convolved_each(vectors):
     ]
     network, machine = Network(cases), machine_with(vectors)
     kernels = lowered(network.module, machine)
-    assert all(is_packed(kernel) for kernel in kernels.kernels.values())
+    assert sum(is_packed(kernel) for kernel in kernels.kernels.values()) == len(cases)
     network.check(run(kernels, network.inputs, machine))
 
 
@@ -201,16 +203,17 @@ def test_a_convolution_and_what_follows_it_are_one_kernel_of_the_convolution_sch
     cases = [replace(case, bias=True, residual=True, relu=True) for case in drawn(12, seed=1)]
     for vectors in UNITS:
         kernels = lowered(Network(cases).module, machine_with(vectors)).kernels
-        assert len(kernels) == len(set(cases))
-        for kernel in kernels.values():
-            assert is_packed(kernel)
+        packed = [kernel for kernel in kernels.values() if is_packed(kernel)]
+        assert len(packed) == len(set(cases))
+        assert all(stages(kernel) in (["into_blocks"], ["out_of_blocks"]) for kernel in kernels.values() if not is_packed(kernel))
+        for kernel in packed:
             tvm.ir.assert_structural_equal(default_schedule(kernel, vectors).mod, convolution.schedule(kernel, vectors).mod)
 
 
 def test_equal_convolutions_share_a_kernel_and_not_their_weights():
     network = Network([Case(3, 8, 5, 5, (3, 3))] * 3)
     kernels = lowered(network.module)
-    assert len(kernels.kernels) == 1
+    assert sorted(kernels.kernels) == ["convolution", "out_of_blocks"]
     network.check(run(kernels, network.inputs))
 
 
@@ -223,7 +226,7 @@ def test_a_value_that_is_read_again_behind_its_convolution_is_computed_once():
         return [emit(relax.op.multiply(y, emit(relax.op.sigmoid(y))))]
 
     kernels = lowered(module_of([x], write))
-    assert [stages(kernel).count("convolution") for kernel in kernels.kernels.values()] == [1]
+    assert sum(stages(kernel).count("convolution") for kernel in kernels.kernels.values()) == 1
     y = convolve(Case(3, 20, 9, 11, (3, 3), padding=(1, 1, 1, 1)), torch.from_numpy(x).double(), torch.from_numpy(weight).double())
     np.testing.assert_allclose(run(kernels, [x])[0], torch.nn.functional.silu(y).numpy(), rtol=1e-5, atol=1e-5)
 
@@ -245,21 +248,37 @@ def test_a_gate_of_one_pixel_scales_a_whole_image(vectors):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-OTHERS = [
+DEPTHWISE = [
     Case(16, 16, 8, 13, (3, 3), padding=(1, 1, 1, 1), groups=16, bias=True, relu=True),
-    Case(17, 34, 5, 28, (5, 5), (2, 2), (2, 2, 2, 2), groups=17, residual=True),
     Case(30, 30, 7, 7, (3, 3), (2, 1), (1, 0, 1, 2), groups=30, relu=True),
+    Case(3, 3, 9, 5, (5, 5), (1, 1), (2, 2, 2, 2), (2, 2), groups=3, residual=True),
+    Case(17, 17, 12, 12, (7, 7), padding=(3, 3, 3, 3), groups=17, bias=True, batch=2),
+    Case(5, 5, 1, 1, (1, 1), groups=5, relu=True),
+]
+GROUPED = [
+    Case(17, 34, 5, 28, (5, 5), (2, 2), (2, 2, 2, 2), groups=17, residual=True),
     Case(12, 33, 6, 7, (3, 3), padding=(1, 1, 1, 1), groups=3, bias=True),
     Case(8, 4, 1, 5, (1, 1), groups=4),
+    Case(64, 64, 6, 7, (3, 3), (2, 2), (1, 1, 1, 1), groups=2, bias=True, relu=True),
+    Case(48, 96, 5, 7, (3, 3), padding=(1, 1, 1, 1), groups=12, residual=True),
+    Case(24, 24, 7, 7, (3, 3), padding=(1, 1, 1, 1), groups=3, batch=2),
 ]
-"""Grouped or depthwise."""
 
 
 @pytest.mark.parametrize("vectors", UNITS, ids=str)
-def test_other_convolutions_have_tvms_form_and_are_right(vectors):
-    network, machine = Network(OTHERS), machine_with(vectors)
+def test_depthwise_convolutions_of_odd_shapes_are_torchs(vectors):
+    network, machine = Network(DEPTHWISE), machine_with(vectors)
     kernels = lowered(network.module, machine)
-    assert not any(is_packed(kernel) for kernel in kernels.kernels.values())
+    assert sum("window" in stages(kernel) for kernel in kernels.kernels.values()) == len(DEPTHWISE)
+    network.check(run(kernels, network.inputs, machine))
+
+
+@pytest.mark.parametrize("vectors", UNITS, ids=str)
+def test_grouped_convolutions_of_odd_shapes_are_torchs(vectors):
+    """Packed where the filters of a tile are of whole groups, or all of one; in TVM's form elsewhere."""
+    network, machine = Network(GROUPED), machine_with(vectors)
+    kernels = lowered(network.module, machine)
+    assert sum(is_packed(kernel) for kernel in kernels.kernels.values()) >= len(GROUPED) // 2
     network.check(run(kernels, network.inputs, machine))
 
 
@@ -272,9 +291,9 @@ def test_a_weight_that_is_computed_has_tvms_form():
 
 
 def unpacked(packed: Array, filters: int) -> Array:
-    """What `pack_weight` packed."""
-    blocks, channels, height, width, block = packed.shape
-    return packed.transpose(0, 4, 1, 2, 3).reshape(blocks * block, channels, height, width)[:filters]
+    """What `pack_weight` packed, of one group."""
+    blocks, outer, height, width, inner, block = packed.shape
+    return packed.transpose(0, 5, 1, 4, 2, 3).reshape(blocks * block, outer * inner, height, width)[:filters]
 
 
 @given(
@@ -283,8 +302,11 @@ def unpacked(packed: Array, filters: int) -> Array:
 )
 def test_packing_loses_nothing_and_adds_zeros(shape: tuple[int, int, int, int], block: int):
     weight = np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape)
-    packed = pack_weight(weight, block)
-    assert packed.shape == (-(-shape[0] // block), *shape[1:], block)
+    filters, channels, *kernel = shape
+    whole = Shape(channels, 9, 9, filters, tuple(kernel), (1, 1), (0,) * 4, (1, 1))
+    inner = channels_together(channels, 4)
+    packed = pack_weight(weight, whole, block, inner)
+    assert packed.shape == (-(-filters // block), channels // inner, *kernel, inner, block)
     assert packed.flags.c_contiguous
-    np.testing.assert_array_equal(unpacked(packed, shape[0]), weight)
+    np.testing.assert_array_equal(unpacked(packed, filters), weight)
     assert np.count_nonzero(packed) == weight.size

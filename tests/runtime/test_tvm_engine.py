@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
+import exitify
 from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact, build_artifact, graph_path, parse_artifact
 from exitify.artifact.tensors import write_tensors
 from exitify.benchmark import bench
@@ -523,7 +526,10 @@ def spent_by_threads() -> dict[str, int]:
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux tells here what each thread has computed")
 def test_a_session_shares_its_work_with_as_many_threads_as_it_was_given_whatever_others_do() -> None:
     """Also the second one in a thread: TVM makes workers once, at a thread's first call."""
-    artifact, x = compiled("identity"), inputs(1)
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(32, 5)).eval(), np.ones((1, 3, 32, 32), np.float32)
+    program = exitify.transform(model, torch.from_numpy(x), exits="none")
+    artifact = compile_artifact(exitify.export(program, heads_trained=False), load_target("host"))
     one, two = (Session(artifact, engine="tvm", threads=count) for count in (1, 2))
     spent: list[tuple[str, int]] = []
 

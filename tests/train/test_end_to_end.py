@@ -573,7 +573,10 @@ def never(*_: Any) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"method": "boosting"}, r"there is no method 'boosting'\n  hint: there are joint, ramp, equilibrium, one-for-all, sample-weights, skip-distillation"),
+    "method": (
+        {"method": "boosting"},
+        r"there is no method 'boosting'\n  hint: there are joint, ramp, equilibrium, one-for-all, sample-weights, skip-distillation",
+    ),
     "schedule": ({"schedule": "linear"}, "there is no schedule 'linear'\n  hint: there are cosine, step"),
     "augmentation": ({"augmentation": "flip"}, "there is no augmentation 'flip'"),
     "epochs": ({"epochs": 0}, "epochs is 0\n  hint: it must be at least 1"),

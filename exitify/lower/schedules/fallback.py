@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV, ScheduleError
 
-from exitify.lower.schedules.blocks import SMALLEST_SHARED, child_blocks, extent, share
+from exitify.lower.schedules.blocks import SMALLEST_SHARED, child_blocks, extent, share, vectorise
 from exitify.lower.vectors import Vectors
 
 
@@ -28,7 +28,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
             except ScheduleError:  # it sums up itself
                 continue
     for block in child_blocks(sch).values():
-        _share_rows(sch, block)
+        _share_rows(sch, block, vectors)
     return sch
 
 
@@ -36,13 +36,32 @@ def _sums_up(sch: Schedule, block: SBlockRV) -> bool:
     return any(variable.iter_type == tirx.IterVar.CommReduce for variable in sch.get(block).iter_vars)
 
 
-def _share_rows(sch: Schedule, block: SBlockRV) -> None:
-    """Results to the threads by rows, if there is enough to do."""
+def _share_rows(sch: Schedule, block: SBlockRV, vectors: Vectors) -> None:
+    """Results to the threads by rows, if there is enough to do; a row in vectors, where what it reads lies side by side."""
     loops = sch.get_loops(block)
     kinds = [variable.iter_type for variable in sch.get(block).iter_vars]
     if len(loops) != len(kinds) or not all(isinstance(sch.get(loop).extent, tirx.IntImm) for loop in loops):
         return
     spatial = [loop for loop, kind in zip(loops, kinds) if kind == tirx.IterVar.DataPar]
-    if not spatial or loops[: len(spatial)] != spatial or math.prod(extent(sch, loop) for loop in loops) < SMALLEST_SHARED:
-        return
-    share(sch, spatial[:-1] or spatial)
+    in_vectors = len(spatial) == len(loops) > 0 and _reads_side_by_side(sch, block)
+    if spatial and loops[: len(spatial)] == spatial and math.prod(extent(sch, loop) for loop in loops) >= SMALLEST_SHARED:
+        share(sch, spatial[:-1] or spatial)
+        if len(spatial) == 1:
+            return
+    if in_vectors:
+        vectorise(sch, loops[-1], vectors)
+
+
+def _reads_side_by_side(sch: Schedule, block: SBlockRV) -> bool:
+    """Whether neighbours in a row read neighbours, or all the same."""
+    found = sch.get(block)
+    last = found.iter_vars[-1].var
+    for region in found.reads:
+        *outer, inner = [axis.min for axis in region.region] or [last]
+        if any(_has(index, last) for index in outer) or (_has(inner, last) and not inner.same_as(last)):
+            return False
+    return True
+
+
+def _has(index: tirx.PrimExpr, variable: tirx.Var) -> bool:
+    return any(used.same_as(variable) for used in tirx.analysis.undefined_vars(index, []))

@@ -130,6 +130,14 @@ class TvmEngine(Engine):
             return lambda given: (call(*given, *weights),)
         return lambda given: call(*given, *weights)
 
+    def rows(self, name: str, array: Array) -> Array:
+        """A value as the plan describes it, which the library may keep in blocks of channels."""
+        if name not in self.compiled.in_blocks:
+            return array
+        images, blocks, height, width, block = array.shape
+        channels = self.artifact.plan.values[name].shape[0]
+        return np.ascontiguousarray(array.transpose(0, 1, 4, 2, 3).reshape(images, blocks * block, height, width)[:, :channels])
+
     def use_threads(self) -> None:
         """Let the calling thread's kernels share its work with as many threads as the engine was given.
 
@@ -184,11 +192,11 @@ class _Binding(Bound):
             raise _failed(self.stretches[index], error) from error
 
     def value(self, name: str) -> Array:
-        return self.engine.device.read(self.values[name])
+        return self.engine.rows(name, self.engine.device.read(self.values[name]))
 
 
 class _Runner(Runner):
-    """Samples one after the other, each through the stretch."""
+    """Samples one after the other, each through the stretch. Feature maps between stretches stay as the library keeps them."""
 
     def __init__(self, engine: TvmEngine, stretch: Stretch) -> None:
         self.engine, self.stretch = engine, stretch

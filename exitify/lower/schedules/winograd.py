@@ -1,0 +1,82 @@
+"""Winograd convolution (`exitify.lower.winograd`) with whatever was fused behind it as its epilogue."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
+from exitify.lower.schedules.tiles import LINE, product_of_tile
+from exitify.lower.vectors import Vectors
+
+STRIPS = 4
+"""So many are shared out among the threads; of fewer, each one's channels and filters are."""
+
+
+def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
+    """A strip of tiles at a time, from the image to the result."""
+    sch = Schedule(func)
+    blocks = child_blocks(sch)
+    if "winograd" not in blocks:
+        return None
+    pixels, rows, columns, product = (blocks[name] for name in ("image_pixels", "image_rows", "image_columns", "winograd"))
+    halves, sums = blocks["output_rows"], blocks["output_columns"]
+    epilogue = inline_between(sch, "output_columns")
+    *_, tiles, filters, _, channels = (extent(sch, loop) for loop in sch.get_loops(product))
+    _, _, _, tile_rows, tile, *_ = (extent(sch, loop) for loop in sch.get_loops(sums))
+    n, o, y, x, v = sch.get_loops(epilogue)
+    block, part = sch.split(o, [None, filters // vectors.lanes])
+    strip, row = sch.split(y, [None, tile_rows * tile])
+    sch.reorder(n, strip, block, part, row, x, v)
+    sch.vectorize(v)
+
+    sch.compute_at(sums, block, preserve_unit_loops=True)
+    r, i, across, j, w = sch.get_loops(sums)[-5:]
+    several, lane = sch.split(w, [None, vectors.lanes])
+    sch.reorder(r, across, several, i, j, lane)
+    sch.compute_at(halves, several, preserve_unit_loops=True)
+    _unrolled(sch, i, j, lane)
+    _unrolled(sch, *sch.get_loops(halves)[-3:])
+
+    sch.compute_at(product, block, preserve_unit_loops=True)
+    k, j, group, t, w, channel_block, channel = sch.get_loops(product)[-7:]
+    sch.reorder(k, j, group, channel_block, channel, t, w)
+    written = sch.cache_write(product, 0, "global")
+    sch.reverse_compute_at(written, group, preserve_unit_loops=True)
+    _in_registers(sch, written, vectors)
+
+    sch.compute_at(columns, strip, preserve_unit_loops=True)
+    k, j, c, t, lane = sch.get_loops(columns)[-5:]
+    sch.reorder(c, t, k, j, lane)
+    _unrolled(sch, j, lane)
+    sch.compute_at(rows, c, preserve_unit_loops=True)
+    r, k, x, lane = sch.get_loops(rows)[-4:]
+    sch.reorder(r, x, k, lane)
+    sch.compute_at(pixels, x, preserve_unit_loops=True)
+    _unrolled(sch, *sch.get_loops(pixels)[-3:])
+    _unrolled(sch, k, lane)
+    for transformed, position in ((columns, 3), (written, 4)):
+        sch.storage_align(transformed, 0, position, 2 * LINE, LINE)
+    if extent(sch, n) * extent(sch, strip) >= STRIPS:
+        share(sch, [n, strip])
+    else:
+        share(sch, [c])
+        share(sch, [block])
+    _in_registers(sch, sch.decompose_reduction(product, channel_block), vectors)
+    sch.tensorize(channel, product_of_tile(tiles, filters, channels, vectors.lanes))
+    return sch
+
+
+def _in_registers(sch: Schedule, block: SBlockRV, vectors: Vectors) -> None:
+    """Unroll a block's last two loops, the last one in vectors."""
+    *_, outer, inner = sch.get_loops(block)
+    _unrolled(sch, outer, *sch.split(inner, [None, vectors.lanes]))
+
+
+def _unrolled(sch: Schedule, *loops: LoopRV) -> None:
+    """Vectorise the last loop and unroll those round it."""
+    *outer, lane = loops
+    for loop in outer:
+        sch.unroll(loop)
+    sch.vectorize(lane)
