@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -32,8 +34,8 @@ def fold_constants(model: ModelProto, tensors: Arrays) -> None:
     read = {name for node in found for name in node.input} & tensors.keys()
     values = [helper.make_tensor_value_info(name, 0, None) for name in wanted]
     constants = helper.make_graph(found, "constants", [], values, [numpy_helper.from_array(tensors[name], name) for name in read])
-    evaluator = ReferenceEvaluator(helper.make_model(constants, opset_imports=model.opset_import))
-    tensors.update(zip(wanted, list(evaluator.run(None, {}))))
+    results: Any = ReferenceEvaluator(helper.make_model(constants, opset_imports=model.opset_import)).run(None, {})
+    tensors.update(zip(wanted, results))
     del graph.node[:]
     graph.node.extend(kept)
 
