@@ -6,12 +6,12 @@ import math
 
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from exitify.lower.attention import COLUMNS, ROW_AXIS
 from exitify.lower.linear import ROWS
 from exitify.lower.schedules.blocks import child_blocks, extent, share
 from exitify.lower.schedules.normalization import in_vectors
+from exitify.lower.schedules.product import in_registers, sum_in_registers
 from exitify.lower.vectors import Vectors
 
 PRODUCTS = ("packed_keys", "similarities", "weighted", "attention")
@@ -37,36 +37,19 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.reorder(*lead, strip, block, row, channel)
     share(sch, [*lead, strip])
     *_, strip, block, row, channel = sch.get_loops(blocks["attention"])
-    _in_registers(sch, row, channel, vectors)
+    in_registers(sch, row, channel, vectors)
     sch.compute_at(blocks["weighted"], block, preserve_unit_loops=True)
     for name in reversed(rows):
         sch.compute_at(rows[name], strip, preserve_unit_loops=True)
-    _sum_in_registers(sch, blocks["weighted"], vectors)
+    sum_in_registers(sch, blocks["weighted"], vectors)
     for name in rows.keys() - {"row_logits"}:
         in_vectors(sch, name, rows[name], vectors)
     *_, row, column = sch.get_loops(blocks["row_logits"])
     block, column = sch.split(column, [None, tile_columns])
     sch.reorder(block, row, column)
-    _in_registers(sch, row, column, vectors)
+    in_registers(sch, row, column, vectors)
     sch.compute_at(blocks["similarities"], block, preserve_unit_loops=True)
-    _sum_in_registers(sch, blocks["similarities"], vectors)
+    sum_in_registers(sch, blocks["similarities"], vectors)
     group, block, *_ = sch.get_loops(blocks["packed_keys"])
     share(sch, [group, block])
     return sch
-
-
-def _sum_in_registers(sch: Schedule, product: SBlockRV, vectors: Vectors) -> None:
-    """A tile of a product: its sums in registers while what is summed up goes by."""
-    *_, row, column, k = sch.get_loops(product)
-    sch.reorder(k, row, column)
-    _in_registers(sch, row, column, vectors)
-    *_, row, column = sch.get_loops(sch.decompose_reduction(product, k))[:None]
-    _in_registers(sch, row, column, vectors)
-
-
-def _in_registers(sch: Schedule, row: LoopRV, column: LoopRV, vectors: Vectors) -> None:
-    sch.unroll(row)
-    if extent(sch, column) > vectors.lanes:
-        several, column = sch.split(column, [None, vectors.lanes])
-        sch.unroll(several)
-    sch.vectorize(column)
