@@ -190,7 +190,7 @@ class _Search:
 
     def ending_in(self, binding: Any) -> Attention | None:
         """The attention that ends in this product; None if it is another or none."""
-        if _operator(binding.value) != "relax.matmul" or str(binding.var.ty.dtype) != "float32" or not self.only_reader(binding.value.args[0]):
+        if _operator(binding.value) != "relax.matmul" or not self.only_reader(binding.value.args[0]):
             return None
         softmax = self.call_of(binding.value.args[0], "relax.nn.softmax")
         if softmax is None or int(softmax.attrs.axis) not in (-1, len(softmax.ty.shape) - 1):
@@ -199,6 +199,8 @@ class _Search:
         if linear is None:
             return None
         product, scale, biases = linear
+        if any(str(value.ty.dtype) != "float32" for value in (*product.args, *binding.value.args)):
+            return None
         (queries, first), (keys, second), (values, third) = (self.moved(value) for value in (*product.args, binding.value.args[1]))
         lead = queries.shape[:-2]
         is_plain = third == 1.0 and lead and all(part.shape[:-2] == lead for part in (keys, values))

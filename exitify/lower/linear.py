@@ -47,7 +47,7 @@ def packed_product(data: te.Tensor, weight: te.Tensor, columns: int, tile_rows: 
 
 
 def product_of_two(left: te.Tensor, right: te.Tensor, tile: Tile) -> te.Tensor:
-    """Return `(..., M, K)` times `(..., K, N)` as `(..., M, N)`, neither known; leading sizes are spread as NumPy does.
+    """Return `(..., M, K)` times `(..., K, N)` as `(..., M, N)`, neither known, summed in float32; leading sizes are spread as NumPy does.
 
     The second factor is packed first. Rows and columns are computed for whole tiles, the last ones repeated.
     """
@@ -66,7 +66,7 @@ def product_of_two(left: te.Tensor, right: te.Tensor, tile: Tile) -> te.Tensor:
     )
     sums = te.compute(
         (groups, -(-columns // width), -(-rows // tile.pixels) * tile.pixels, width),
-        lambda g, o, m, v: te.sum(at(left, g, tirx.min(m, rows - 1), k) * packed[g, o, k, v], axis=k),
+        lambda g, o, m, v: te.sum(at(left, g, tirx.min(m, rows - 1), k).astype("float32") * packed[g, o, k, v].astype("float32"), axis=k),
         name="products",
         attrs={ROWS: tile.pixels},
     )
