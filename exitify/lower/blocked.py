@@ -141,9 +141,17 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
             "relax.mean": self._mean,
             "relax.concat": self._concat,
             "relax.permute_dims": self._from_channels_last,
+            "relax.strided_slice": self._slice,
             "relax.call_tir": self._limit,
             **dict.fromkeys(ONE_BY_ONE, self._one_by_one),
             **dict.fromkeys(TWO_BY_TWO, self._two_by_two),
+        }
+
+        self.leaving: dict[str, Callable[[relax.Call], relax.Expr | None]] = {
+            "relax.permute_dims": self._channels_last,
+            "relax.mean": self._mean_in_rows,
+            "relax.reshape": self._flat,
+            "relax.squeeze": self._flat,
         }
 
     def function(self, function: relax.Function) -> relax.Function:
@@ -158,11 +166,11 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         return relax.Function(params, body, None, function.is_pure, function.attrs)
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
-        if not isinstance(binding.var, relax.DataflowVar) and self._give(binding):
-            return
         call, is_output = binding.value, not isinstance(binding.var, relax.DataflowVar)
+        if is_output and self._give(binding):
+            return
         name = call.op.name if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) else ""
-        rows = self._channels_last(call) if name == "relax.permute_dims" else None
+        rows = self.leaving[name](call) if name in self.leaving else None
         if rows is not None:
             self.set_var_remap(binding.var, self.builder_.emit_output(rows) if is_output else self.builder_.emit(rows))
             return
@@ -171,7 +179,11 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
             super().visit_var_binding_(binding)
             return
         self.in_blocks[binding.var] = self.builder_.emit(made)
-        if is_output:
+        if is_output and 0 in {*self.borders.given, *self.borders.may}:
+            self.given = {0}
+            self.in_rows.add(binding.var)
+            self.set_var_remap(binding.var, self.builder_.emit_output(self.in_blocks[binding.var]))
+        elif is_output:
             self.in_rows.add(binding.var)
             self.set_var_remap(binding.var, self.builder_.emit_output(self._rows_of(binding.var)))
 
@@ -329,6 +341,48 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         if not all(isinstance(part, relax.Var) and _sizes(part) and int(part.ty.shape[1]) % self.block == 0 for part in parts):
             return None
         return relax.Call(call.op, [relax.Tuple([self._blocks_of(part) for part in parts])], call.attrs)
+
+    def _mean_in_rows(self, call: relax.Call) -> relax.Expr | None:
+        (data,), axes = call.args, sorted(int(axis) % 4 for axis in call.attrs.axis or ())
+        if not self._is_blocked(data) or axes != [2, 3] or call.attrs.keepdims:
+            return None
+        means = self.builder_.emit(self._call(windows.channel_means, self._blocks_of(data), name="channel_means", pattern=OPAQUE))
+        return self._in_a_row(means, int(data.ty.shape[1]))
+
+    def _flat(self, call: relax.Call) -> relax.Expr | None:
+        """One pixel, `(1, C, 1, 1)`, as a row."""
+        data = call.args[0]
+        if not self._is_blocked(data) or _sizes(data)[0] != 1 or _sizes(data)[2:] != [1, 1] or len(call.ty.shape) != 2 or int(call.ty.shape[0]) != 1:
+            return None
+        return self._in_a_row(self._blocks_of(data), _sizes(data)[1])
+
+    def _in_a_row(self, pixel: relax.Var, channels: int) -> relax.Expr:
+        """`(N, ceil(C / b), 1, 1, b)` as `(N, C)`."""
+        images, blocks, *_, block = (int(size) for size in pixel.ty.shape)
+        if blocks * block == channels:
+            return relax.op.reshape(pixel, (images, channels))
+        return self._call(
+            lambda found: te.compute((images, channels), lambda n, c: found[n, c // block, 0, 0, c % block], name="in_a_row"),
+            pixel,
+            name="in_a_row",
+            pattern=OPAQUE,
+        )
+
+    def _slice(self, call: relax.Call) -> relax.Expr | None:
+        """Rows and columns of the image that are some apart; or all of one axis, which is the image itself."""
+        data, *given = call.args
+        if not self._is_blocked(data) or not all(isinstance(values, relax.Tuple) for values in given):
+            return None
+        axes, begins, ends, strides = ([int(value) for value in values.fields] for values in given)
+        sizes = _sizes(data)
+        for axis, begin, end, stride in zip(axes, begins, ends, strides):
+            if (axis % 4 not in (2, 3) and (begin, stride) != (0, 1)) or (axis % 4 not in (2, 3) and end < sizes[axis]):
+                return None
+        kept = [i for i, axis in enumerate(axes) if axis % 4 in (2, 3)]
+        if not kept:
+            return self._blocks_of(data)
+        picked = ([values[i] for i in kept] for values in (axes, begins, ends, strides))
+        return relax.op.strided_slice(self._blocks_of(data), *picked)
 
     def _channels_last(self, call: relax.Call) -> relax.Expr | None:
         """Channels moved to the end, out of the blocks at once."""

@@ -17,6 +17,7 @@ from exitify.errors import EngineError, first_line
 from exitify.lower.fold_constants import fold_constants
 from exitify.lower.fold_norms import Arrays, fold_norms
 from exitify.lower.head_scores import cut_output, with_scores
+from exitify.lower.zero_channels import pads_as_convolutions
 from exitify.plan import Segment
 
 
@@ -44,6 +45,7 @@ def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False
         if tensor.data_location == TensorProto.EXTERNAL:
             tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
     model = _at_batch_one(model)
+    channels = _channels(model) if any(node.op_type == "Pad" for node in model.graph.node) else {}
     tensors: Arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type == "Constant"]:
         tensors[node.output[0]] = _constant(node)
@@ -57,6 +59,7 @@ def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False
         switching = first ^ other
     fold_constants(model, tensors)
     fold_norms(model, tensors, switching)
+    pads_as_convolutions(model, tensors, channels)
     read = {name for node in model.graph.node for name in node.input}
     del model.graph.initializer[:]
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tensors.items() if name in read)
@@ -84,6 +87,13 @@ def _at_batch_one(model: ModelProto) -> ModelProto:
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         onnxscript.optimizer.fold_constants(model)
     return model
+
+
+def _channels(model: ModelProto) -> dict[str, int]:
+    """How many channels there are of each image in float32, by name."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    looks = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    return {name: look.shape.dim[1].dim_value for name, look in looks.items() if len(look.shape.dim) == 4 and look.elem_type == TensorProto.FLOAT}
 
 
 def _constant(node: NodeProto) -> NDArray[np.generic]:

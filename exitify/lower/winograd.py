@@ -32,6 +32,10 @@ MEMORY, AGAIN, MISS = 0.24, 0.08, 0.03
 """The same for a byte of weights from memory, of weights from the second cache in place of the first, and of inputs that the second does not hold."""
 FIRST, SECOND, LAST = 24 << 10, 384 << 10, 20 << 20
 """Bytes that stay in each cache beside all else."""
+STRIPS = 4
+"""So many strips are shared out among the threads; of fewer, the channels and filters of each are."""
+UNSHARED = 1.05
+"""What is taken for the time of a convolution that makes fewer parts than that, in either way."""
 GAIN = 0.95
 """What Winograd may take of direct convolution's time at most: its rounding errors are larger, so it has to pay."""
 
@@ -209,6 +213,7 @@ def _price(shape: Shape, vectors: Vectors, blocking: Blocking) -> float:
     missed = strips * blocks * max(0, patches - SECOND)
     again = strips * (tiles // blocking.tiles - 1) * weights if 4 * channels * blocking.filters > FIRST else 0
     computing = products * (1 + loads + waiting) + transforms + MISS * missed + AGAIN * again + STRIP * strips
+    computing *= 1.0 if strips >= STRIPS or blocks >= STRIPS else UNSHARED
     return _together(computing + MEMORY * (strips - 1) * weights * min(1.0, weights / LAST), MEMORY * weights)
 
 

@@ -12,8 +12,10 @@ import tvm
 from torch.nn import functional
 from tvm import relax
 
-from exitify.lower.blocked import in_blocks
-from tests.lower.kernels import UNITS, Array, lowered, machine_with, module_of, run, stages
+from exitify.lower import library
+from exitify.lower.blocked import Borders, in_blocks
+from exitify.lower.library import Kernels
+from tests.lower.kernels import SEGMENT, UNITS, Array, lowered, machine_with, module_of, run, stages
 
 RANDOM = np.random.default_rng(0)
 
@@ -178,3 +180,44 @@ def test_a_constant_in_blocks_has_its_numbers_where_channels_are():
             np.testing.assert_array_equal(made[0, c // block, ..., c % block], whole[0, c])
         assert np.count_nonzero(made) == whole.size
     assert in_blocks(np.ones((5, 1, 1), np.float32), 4).shape == (1, 2, 1, 1, 4)
+
+
+@pytest.mark.parametrize("vectors", UNITS, ids=str)
+def test_rows_and_columns_some_apart_and_pixels_in_a_row(vectors):
+    x, first = image(4, 9, 8), Pointwise(4, 19)
+
+    def write(emit, x):
+        value = first.relax(emit, x)
+        every = emit(relax.op.strided_slice(value, [2, 3], [0, 1], [9, 8], [2, 3]))
+        whole = emit(relax.op.strided_slice(value, [0, 1], [0, 0], [1, 19], [1, 1]))
+        some = emit(relax.op.strided_slice(value, [1], [3], [17], [2]))
+        means = emit(relax.op.mean(value, [2, 3], keepdims=True))
+        return [every, whole, some, emit(relax.op.reshape(means, (1, 19))), emit(relax.op.squeeze(means, [2, 3]))]
+
+    y = first.torch(x)
+    means = y.mean((2, 3))
+    check(module_of([x], write), [x], [y[:, :, ::2, 1::3], y, y[:, 3:17:2], means, means], vectors)
+
+
+@pytest.mark.parametrize("vectors", UNITS, ids=str)
+@pytest.mark.parametrize("filters", [16, 21])
+def test_a_function_takes_and_gives_blocks_where_both_sides_keep_them(vectors, filters):
+    """And what is in rows when it is given stays in rows, unless it must not."""
+    x, first, machine = image(filters, 5, 6), Pointwise(filters, 9), machine_with(vectors)
+
+    def write(emit, x):
+        return [first.relax(emit, x), emit(relax.op.permute_dims(x, [0, 1, 3, 2])), emit(relax.op.negative(x))]
+
+    borders = Borders(taken=[0], given=[1], may=[0, 2])
+    fused, given = library._fused(module_of([x], write), SEGMENT, machine, borders=borders)
+    assert given == {0, 1, 2}
+    found = run(Kernels(fused, {}, {}), [in_blocks(x, vectors.lanes)], machine)
+    expected = [first.torch(x).numpy(), x.transpose(0, 1, 3, 2), -x]
+    for got, wanted in zip(found, expected, strict=True):
+        channels = wanted.shape[1]
+        rows = got.transpose(0, 1, 4, 2, 3).reshape(1, -1, *got.shape[2:4])[:, :channels]
+        np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-5)
+    assert (
+        library._fused(module_of([x], lambda emit, x: [emit(relax.op.permute_dims(x, [0, 1, 3, 2]))]), SEGMENT, machine, borders=Borders(may=[0]))[1]
+        == set()
+    )

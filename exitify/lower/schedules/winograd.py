@@ -9,9 +9,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
 from exitify.lower.schedules.tiles import LINE, product_of_tile
 from exitify.lower.vectors import Vectors
-
-STRIPS = 4
-"""So many are shared out among the threads; of fewer, each one's channels and filters are."""
+from exitify.lower.winograd import STRIPS
 
 
 def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
@@ -61,8 +59,9 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     if extent(sch, n) * extent(sch, strip) >= STRIPS:
         share(sch, [n, strip])
     else:
-        share(sch, [c])
-        share(sch, [block])
+        for loop in (c, block):
+            if extent(sch, loop) > 1:
+                share(sch, [loop])
     _in_registers(sch, sch.decompose_reduction(product, channel_block), vectors)
     sch.tensorize(channel, product_of_tile(tiles, filters, channels, vectors.lanes))
     return sch
