@@ -14,6 +14,7 @@ from tvm.relax.frontend.onnx import from_onnx
 
 from exitify.artifact.artifact import HEADS_FILE, WEIGHTS_FILE, Artifact, graph_path
 from exitify.errors import EngineError, first_line
+from exitify.lower.fold_constants import fold_constants
 from exitify.lower.fold_norms import Arrays, fold_norms
 from exitify.lower.head_scores import cut_output, with_scores
 from exitify.lower.zero_channels import pads_as_convolutions
@@ -56,6 +57,7 @@ def segment_module(artifact: Artifact, segment: Segment, *, second: bool = False
     if segment.has_two_norm_sets:
         first, other = (artifact.graph(segment.name, skipped).external.keys() for skipped in ((), (segment.follows,)))
         switching = first ^ other
+    fold_constants(model, tensors)
     fold_norms(model, tensors, switching)
     pads_as_convolutions(model, tensors, channels)
     read = {name for node in model.graph.node for name in node.input}

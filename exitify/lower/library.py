@@ -23,7 +23,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Precision, name_of
 from exitify.errors import first_line
-from exitify.lower import functions, linear  # noqa: F401 (functions: how processors compute exp and the like)
+from exitify.lower import attention, functions, linear, normalization  # noqa: F401 (functions: how processors compute exp and the like)
 from exitify.lower.blocked import IN_ROWS, Borders, to_blocks
 from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.lift_constants import lift_constants
@@ -172,7 +172,7 @@ def _fused(
     """Operators to kernels, element-wise ones joined to what they follow; and which outputs are in blocks of channels."""
     forms = {}
     if isinstance(machine, Machine):
-        forms = {"relax.matmul": linear.legalize(machine.vectors)}
+        forms = {"relax.matmul": linear.legalize(machine.vectors), **normalization.legalize(machine.vectors)}
     passes = [
         transform.LegalizeOps(forms),
         transform.FoldConstant(),
@@ -187,6 +187,7 @@ def _fused(
             module = to_half(module) if precision == "fp16" else module
             given: frozenset[int] = frozenset()
             if isinstance(machine, Machine):
+                module = transform.DeadCodeElimination()(attention.fuse_attention(module, machine.vectors))
                 module, given = to_blocks(module, machine.vectors, borders)
             fused = tvm.transform.Sequential(passes)(module)
     except Exception as error:

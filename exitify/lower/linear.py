@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax, te, tirx
 
 from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE
-from exitify.lower.vectors import Vectors
+from exitify.lower.vectors import Tile, Vectors
 
 ROWS = "exitify.rows"
 """The product's note on how many rows its tile has; the columns are the last size of the packed weight."""
@@ -34,7 +35,7 @@ def packed_product(data: te.Tensor, weight: te.Tensor, columns: int, tile_rows: 
     k = te.reduce_axis((0, depth), name="k")
 
     def term(o: Any, m: Any, v: Any) -> Any:
-        return data[(*_unravel(tirx.min(m, rows - 1), lead), k)].astype("float32") * weight[o, k, v].astype("float32")
+        return data[(*unravel(tirx.min(m, rows - 1), lead), k)].astype("float32") * weight[o, k, v].astype("float32")
 
     sums = te.compute(
         (weight.shape[0], -(-rows // tile_rows) * tile_rows, block),
@@ -42,7 +43,34 @@ def packed_product(data: te.Tensor, weight: te.Tensor, columns: int, tile_rows: 
         name="product",
         attrs={ROWS: tile_rows},
     )
-    return te.compute((*lead, columns), lambda *at: sums[at[-1] // block, _ravel(at[:-1], lead), at[-1] % block], name="unpacked")
+    return te.compute((*lead, columns), lambda *at: sums[at[-1] // block, ravel(at[:-1], lead), at[-1] % block], name="unpacked")
+
+
+def product_of_two(left: te.Tensor, right: te.Tensor, tile: Tile) -> te.Tensor:
+    """Return `(..., M, K)` times `(..., K, N)` as `(..., M, N)`, neither known, summed in float32; leading sizes are spread as NumPy does.
+
+    The second factor is packed first. Rows and columns are computed for whole tiles, the last ones repeated.
+    """
+    rows, depth, columns, width = int(left.shape[-2]), int(left.shape[-1]), int(right.shape[-1]), tile.filters
+    lead = [max(int(a), int(b)) for a, b in itertools.zip_longest(left.shape[-3::-1], right.shape[-3::-1], fillvalue=1)][::-1]
+    groups, k = math.prod(lead), te.reduce_axis((0, depth), name="k")
+
+    def at(tensor: te.Tensor, g: Any, *index: Any) -> Any:
+        own = unravel(g, lead)[len(lead) + 2 - len(tensor.shape) :]
+        return tensor[(*(0 if int(size) == 1 else i for size, i in zip(tensor.shape, own)), *index)]
+
+    packed = te.compute(
+        (groups, -(-columns // width), depth, width),
+        lambda g, o, k, v: at(right, g, k, tirx.min(o * width + v, columns - 1)),
+        name="packed_right",
+    )
+    sums = te.compute(
+        (groups, -(-columns // width), -(-rows // tile.pixels) * tile.pixels, width),
+        lambda g, o, m, v: te.sum(at(left, g, tirx.min(m, rows - 1), k).astype("float32") * packed[g, o, k, v].astype("float32"), axis=k),
+        name="products",
+        attrs={ROWS: tile.pixels},
+    )
+    return te.compute((*lead, rows, columns), lambda *at: sums[ravel(at[:-2], lead), at[-1] // width, at[-2], at[-1] % width], name="unpacked")
 
 
 def dot_products(data: te.Tensor, weight: te.Tensor, lanes: int) -> te.Tensor:
@@ -60,13 +88,16 @@ def dot_products(data: te.Tensor, weight: te.Tensor, lanes: int) -> te.Tensor:
 
 
 def legalize(vectors: Vectors) -> Any:
-    """What `LegalizeOps` is given for `relax.matmul`: the forms above for a weight of rank 2, TVM's own for two activations."""
+    """What `LegalizeOps` is given for `relax.matmul`: the forms above; TVM's own for vectors and for many rows times an argument of rank 2."""
 
     def product(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         data, weight = call.args
         attributes = {"op_pattern": OUT_ELEMENTWISE_FUSABLE}
-        if call.ty.dtype != "float32" or len(data.ty.shape) < 2 or len(weight.ty.shape) != 2:
+        if call.ty.dtype != "float32" or min(len(data.ty.shape), len(weight.ty.shape)) < 2:
             return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
+        if len(weight.ty.shape) > 2:
+            tile = vectors.product_tile(int(data.ty.shape[-2]), int(weight.ty.shape[-1]))
+            return builder.call_te(lambda x, y: product_of_two(x, y, tile), data, weight, primfunc_name_hint="product", primfunc_attrs=attributes)
         rows_first = _before_transposing(builder, weight)
         if isinstance(weight, tvm.ir.GenericConst):
             array = weight.value.numpy()
@@ -95,7 +126,7 @@ def _before_transposing(builder: relax.BlockBuilder, weight: Any) -> Any:
     return None
 
 
-def _unravel(index: Any, sizes: list[int]) -> list[Any]:
+def unravel(index: Any, sizes: list[int]) -> list[Any]:
     """The position of the index-th element in an array of these sizes."""
     at: list[Any] = []
     for size in reversed(sizes):
@@ -104,7 +135,7 @@ def _unravel(index: Any, sizes: list[int]) -> list[Any]:
     return at
 
 
-def _ravel(at: Any, sizes: list[int]) -> Any:
+def ravel(at: Any, sizes: list[int]) -> Any:
     """The number of the element at this position."""
     index = tirx.const(0, "int64")
     for i, size in zip(at, sizes):

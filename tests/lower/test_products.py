@@ -121,11 +121,35 @@ def test_a_square_argument_is_transposed_only_if_the_graph_says_so(is_transposed
     np.testing.assert_allclose(found[0], x @ (weight.T if is_transposed else weight), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shapes", [((2, 3, 5, 7), (2, 3, 7, 4)), ((5, 7), (7, 4)), ((2, 5, 7), (7, 4))], ids=str)
-def test_products_of_two_activations_are_numpys(shapes):
-    arrays = [np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in shapes]
-    found = run(lowered(module_of(arrays, lambda emit, a, b: [emit(relax.op.matmul(a, b))])), arrays)
-    np.testing.assert_allclose(found[0], arrays[0] @ arrays[1], rtol=1e-5, atol=1e-5)
+TWO = [
+    ((2, 3, 5, 7), (2, 3, 7, 4)),
+    ((2, 5, 7), (7, 4)),
+    ((5, 7), (7, 4)),
+    ((5, 7), (2, 7, 33)),
+    ((3, 1, 49, 32), (1, 2, 32, 49)),
+    ((1, 6, 17, 24), (1, 6, 24, 48)),
+    ((4, 1, 13), (4, 13, 1)),
+]
+"""Shapes of two activations; leading sizes are spread."""
+
+
+def test_products_of_two_activations_and_what_follows_are_numpys():
+    draw = np.random.default_rng(0).standard_normal
+    arrays = [draw(shape).astype(np.float32) for shapes in TWO for shape in shapes]
+    pairs = list(zip(arrays[::2], arrays[1::2]))
+    others = [draw((a @ b).shape).astype(np.float32) for a, b in pairs]
+
+    def write(emit, *inputs):
+        for a, b, other in zip(inputs[::2], inputs[1::2], others):
+            yield emit(relax.op.nn.relu(emit(relax.op.add(emit(relax.op.matmul(a, b)), relax.const(other)))))
+
+    for vectors in UNITS:
+        machine = machine_with(vectors)
+        kernels = lowered(module_of(arrays, write), machine)
+        assert len(kernels.kernels) == len(TWO)
+        assert sum("products" in stages(kernel) for kernel in kernels.kernels.values()) == sum(len(right) > 2 for _, right in TWO)
+        for found, (a, b), other in zip(run(kernels, arrays, machine), pairs, others):
+            np.testing.assert_allclose(found, np.maximum(a.astype(np.float64) @ b + other, 0), rtol=1e-5, atol=1e-5)
 
 
 def stages_of_segment(network: str, segment: str) -> list[list[str]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tvm
 from tvm import tirx
 
-from exitify.lower.schedules import convolution, fallback, layouts, product, windows, winograd
+from exitify.lower.schedules import attention, convolution, fallback, layouts, normalization, product, windows, winograd
 from exitify.lower.vectors import Vectors
 
-KINDS = (convolution, winograd, windows, layouts, product, fallback)
+KINDS = (convolution, winograd, windows, layouts, product, attention, normalization, fallback)
 
 
 def default_schedule(func: tirx.PrimFunc, vectors: Vectors) -> tvm.s_tir.Schedule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from exitify.lower.linear import ROWS
 from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
@@ -11,11 +12,13 @@ from exitify.lower.vectors import Vectors
 
 
 def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
-    """A packed product in register tiles; dot products a lane at a time."""
+    """Products in register tiles; dot products a lane at a time."""
     sch = Schedule(func)
     blocks = child_blocks(sch)
     if "product" in blocks:
         return _packed(sch)
+    if "products" in blocks:
+        return _of_two(sch, vectors)
     if "dot_products" in blocks:
         return _dots(sch)
     return None
@@ -54,6 +57,42 @@ def _packed(sch: Schedule) -> Schedule:
     sch.vectorize(lanes)
     sch.unroll(rows)
     return sch
+
+
+def _of_two(sch: Schedule, vectors: Vectors) -> Schedule:
+    blocks = child_blocks(sch)
+    epilogue = inline_between(sch, "products")
+    product = blocks["products"]
+    tile_rows, width = int(sch.get(product).annotations[ROWS]), extent(sch, sch.get_loops(product)[3])
+    *lead, row, column = sch.get_loops(epilogue)
+    block, lane = sch.split(column, [None, width])
+    strip, row = sch.split(row, [None, tile_rows])
+    sch.reorder(*lead, strip, block, row, lane)
+    sch.compute_at(product, block, preserve_unit_loops=True)
+    share(sch, [*lead, strip])
+    in_registers(sch, row, lane, vectors)
+    sum_in_registers(sch, product, vectors)
+    group, block, *_ = sch.get_loops(blocks["packed_right"])
+    share(sch, [group, block])
+    return sch
+
+
+def sum_in_registers(sch: Schedule, product: SBlockRV, vectors: Vectors) -> None:
+    """A tile of a product, its loops rows, columns and what is summed up: the sums stay in registers while that goes by."""
+    *_, row, column, k = sch.get_loops(product)
+    sch.reorder(k, row, column)
+    in_registers(sch, row, column, vectors)
+    *_, row, column = sch.get_loops(sch.decompose_reduction(product, k))
+    in_registers(sch, row, column, vectors)
+
+
+def in_registers(sch: Schedule, row: LoopRV, column: LoopRV, vectors: Vectors) -> None:
+    """Vectorise a tile's columns and unroll its rows."""
+    sch.unroll(row)
+    if extent(sch, column) > vectors.lanes:
+        several, column = sch.split(column, [None, vectors.lanes])
+        sch.unroll(several)
+    sch.vectorize(column)
 
 
 def _dots(sch: Schedule) -> Schedule:
