@@ -1,11 +1,11 @@
-"""Throughput in batches with exits against the ideal: the whole network's throughput over the mean share of its multiply-adds that was spent.
+"""Throughput in batches with exits against the ideal: the whole network's throughput over the mean share of its cost that was spent.
 
-    exitify compile r56.exitify --target host
+    exitify compile r56.exitify --target host --batch 2,4,8,16,32
     exitify calibrate r56.exitify --data CIFAR#test --max-drop 0.005
     python -m benchmarks.batches r56.exitify CIFAR#test
 
 Samples leave at exits, and those that are left go on together. The whole network is the same library without its exits, in batches as large,
-in turn with it. Heads that were tried count as spent.
+in turn with it. A cost is counted in multiply-adds, and in the time that segments take one by one; heads that were tried count.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from exitify.artifact.artifact import Artifact
+from exitify.calibration.segment_times import measure_segments, run_times
 from exitify.data import load_samples
 from exitify.runtime.engines import make_engine
 from exitify.runtime.session import Session
@@ -31,19 +32,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     artifact = Artifact.open(options.artifact)
     plan, samples = artifact.plan, load_samples(options.data, artifact.manifest.input, classes=artifact.plan.classes)
+    profile = options.profile or list(artifact.profiles)[-1]
+    enabled = [name for name, setting in artifact.profiles[profile].exits.items() if setting.enabled]
     x = samples.inputs(slice(0, options.samples))
-    print("| threads | batch | whole network, samples/s | with exits | share of the multiply-adds | of the ideal |\n|---:|---:|---:|---:|---:|---:|")
+    print("| threads | batch | whole network, samples/s | with exits | share of multiply-adds | of that ideal | share of time | of that ideal |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for threads in options.threads:
-        session = Session(artifact, engine=options.engine, profile=options.profile or list(artifact.profiles)[-1], threads=threads)
+        session = Session(artifact, engine=options.engine, profile=profile, threads=threads)
         (whole,) = plan.stretches(())
         run = make_engine(options.engine, artifact, threads).prepare(whole)
+        times = measure_segments(artifact, engine=options.engine, threads=threads)
+        ms = run_times(plan, times, enabled, plan.mask(artifact.profiles[profile].skip))
         for batch in options.batch:
             parts = [x[start : start + batch] for start in range(0, len(x), batch)]
-            spent = np.mean([answer.macs for part in parts for answer in session.run_batch(part)]) / plan.full_macs
+            answers = [answer for part in parts for answer in session.run_batch(part)]
+            shares = [
+                np.mean([answer.macs for answer in answers]) / plan.full_macs,
+                np.mean([ms[answer.exit] for answer in answers]) / times.whole_ms,
+            ]
             ratios, rates = [], []
             for _ in range(options.rounds):
                 started = time.perf_counter()
@@ -52,12 +62,14 @@ def main() -> None:
                 middle = time.perf_counter()
                 for part in parts:
                     session.run_batch(part)
-                times = [middle - started, time.perf_counter() - middle]
-                rates.append(len(x) / np.array(times))
-                ratios.append(times[0] / times[1] * spent)
+                spent = np.array([middle - started, time.perf_counter() - middle])
+                rates.append(len(x) / spent)
+                ratios.append(spent[0] / spent[1])
             alone, exits = np.median(rates, axis=0)
-            spread = f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-            print(f"| {threads} | {batch} | {alone:.0f} | {exits:.0f} | {spent:.3f} | {spread} |", flush=True)
+            ideals = " | ".join(
+                f"{share:.3f} | {np.median(ratios) * share:.3f} ({min(ratios) * share:.3f} to {max(ratios) * share:.3f})" for share in shares
+            )
+            print(f"| {threads} | {batch} | {alone:.0f} | {exits:.0f} | {ideals} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -527,7 +527,7 @@ class Session:
             values = {name: value for name, value in values.items() if name in needed}
             copied = sum(value[:1].nbytes for value in values.values()) * int(open_rows.sum())
             if int((~open_rows).sum()) * step.remaining_macs > copied * COPY_MACS_A_BYTE:
-                values = {name: value[open_rows] for name, value in values.items()}
+                values = {name: _rows_of(value, open_rows) for name, value in values.items()}
                 rows, history, open_rows = rows[open_rows], history.rows(open_rows), open_rows[open_rows]
         return [answer for answer in answers if answer is not None]
 
@@ -765,6 +765,12 @@ def _surest(sureness: Array, among: Array, count: int) -> Array:
     chosen = np.zeros(len(among), bool)
     chosen[rows[np.argsort(-sureness[rows], kind="stable")[:count]]] = True
     return chosen
+
+
+def _rows_of(array: Array, chosen: Array) -> Array:
+    """These rows, a mask, where engines take them as they are."""
+    rows = np.flatnonzero(chosen)
+    return np.take(array, rows, axis=0, out=aligned((len(rows), *array.shape[1:]), array.dtype.name), mode="clip")
 
 
 def _aligned_copy(array: Array) -> Array:

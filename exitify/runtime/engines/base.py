@@ -23,7 +23,10 @@ class Runner(Protocol):
     """One stretch, ready to run."""
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the stretch's outputs for its inputs and parameters, any batch size. Safe to call from many threads."""
+        """Return the stretch's outputs for its inputs and parameters, any batch size. Safe to call from many threads.
+
+        Feature maps that only other stretches read may be in a form of the engine's own.
+        """
 
 
 class Bound(abc.ABC):

@@ -144,6 +144,16 @@ class TvmEngine(Engine):
         channels = self.artifact.plan.values[name].shape[0]
         return np.ascontiguousarray(array.transpose(0, 1, 4, 2, 3).reshape(images, blocks * block, height, width)[:, :channels])
 
+    def kept(self, name: str, array: Array) -> Array:
+        """A value as the library keeps it, given so or as the plan describes it."""
+        if name not in self.compiled.in_blocks or array.ndim == 5:
+            return array
+        images, channels, height, width = array.shape
+        blocks, block = -(-channels // self.compiled.block), self.compiled.block
+        padded = np.zeros((images, blocks * block, height, width), array.dtype)
+        padded[:, :channels] = array
+        return np.ascontiguousarray(padded.reshape(images, blocks, block, height, width).transpose(0, 1, 3, 4, 2))
+
     def use_threads(self) -> None:
         """Let the calling thread's kernels share its work with as many threads as the engine was given.
 
@@ -219,21 +229,25 @@ class _Runner(Runner):
         device = self.engine.device
         parameters = {name: device.place(inputs[name]) for name in self.stretch.parameters}
         count = len(inputs[self.stretch.inputs[0]])
-        results: dict[str, list[Array]] = {name: [] for name in self.stretch.outputs}
+        given = {name: self.engine.kept(name, inputs[name]) for name in self.stretch.inputs}
+        results: dict[str, Array] = {}
         start = 0
         while start < count:
             batch = next(size for size in self.batches if size <= count - start)
-            values = {**parameters, **{name: device.place(inputs[name][start : start + batch]) for name in self.stretch.inputs}}
-            start += batch
+            values = {**parameters, **{name: device.place(array[start : start + batch]) for name, array in given.items()}}
             try:
                 for segment in self.segments:
                     function = self.engine.function(segment.name, self.stretch.skipped, batch)
                     values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
             except Exception as error:
                 raise _failed(self.stretch, error) from error
-            for name, found in results.items():
-                found.append(np.array(device.read(values[name])))
-        return {name: np.concatenate(found) for name, found in results.items()}
+            for name in self.stretch.outputs:
+                found = device.read(values[name])
+                if name not in results:
+                    results[name] = aligned((count, *found.shape[1:]), found.dtype.name)
+                results[name][start : start + batch] = found
+            start += batch
+        return results
 
 
 class _Device(Protocol):
