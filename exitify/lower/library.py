@@ -172,7 +172,7 @@ def _fused(
     """Operators to kernels, element-wise ones joined to what they follow; and which outputs are in blocks of channels."""
     forms = {}
     if isinstance(machine, Machine):
-        forms = {"relax.matmul": linear.legalize(machine.vectors), **normalization.legalize(machine.vectors)}
+        forms = {"relax.matmul": linear.legalize(machine.vectors, batch), **normalization.legalize(machine.vectors)}
     passes = [
         transform.LegalizeOps(forms),
         transform.FoldConstant(),

@@ -87,8 +87,12 @@ def dot_products(data: te.Tensor, weight: te.Tensor, lanes: int) -> te.Tensor:
     return te.compute((*lead, weight.shape[0]), lambda *at: te.sum(partial[(*at, lane)], axis=lane), name="dot_products")
 
 
-def legalize(vectors: Vectors) -> Any:
-    """What `LegalizeOps` is given for `relax.matmul`: the forms above; TVM's own for vectors and for many rows times an argument of rank 2."""
+def legalize(vectors: Vectors, samples: int = 1) -> Any:
+    """What `LegalizeOps` is given for `relax.matmul`: the forms above; TVM's own for vectors and for many rows times an argument of rank 2.
+
+    Args:
+        samples: How many are computed together.
+    """
 
     def product(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         data, weight = call.args
@@ -102,12 +106,12 @@ def legalize(vectors: Vectors) -> Any:
         if isinstance(weight, tvm.ir.GenericConst):
             array = weight.value.numpy()
             rows = math.prod(int(size) for size in data.ty.shape) // array.shape[0]
-            tile = vectors.product_tile(rows, array.shape[1])
+            tile = vectors.product_tile(rows, array.shape[1], samples)
             packed = relax.const(pack_matrix(array, tile.filters))
             return builder.call_te(
                 lambda x, w: packed_product(x, w, array.shape[1], tile.pixels), data, packed, primfunc_name_hint="product", primfunc_attrs=attributes
             )
-        if rows_first is not None and math.prod(int(size) for size in list(data.ty.shape)[:-1]) == 1:
+        if rows_first is not None and math.prod(int(size) for size in list(data.ty.shape)[:-1]) <= samples:
             return builder.call_te(
                 lambda x, w: dot_products(x, w, vectors.lanes), data, rows_first, primfunc_name_hint="dot_products", primfunc_attrs=attributes
             )

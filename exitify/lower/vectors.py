@@ -47,11 +47,18 @@ class Vectors:
         fitting = [tile for tile in tiles if tile.filters * tile.pixels <= self.accumulators * self.lanes]
         return min(fitting, key=lambda tile: self._price(tile, columns, filters))
 
-    def product_tile(self, rows: int, columns: int) -> Tile:
-        """The tile of a matrix product, `filters` columns for `pixels` rows; one row is a stream of weights, in several sums at once."""
-        if rows == 1:
-            return Tile(self.lanes * (4 if columns >= self.lanes * 4 else 1), 1, "filters")
-        tiles = [Tile(self.lanes * k, pixels, "filters") for k in (1, 2) for pixels in range(1, self.accumulators // k + 1)]
+    def product_tile(self, rows: int, columns: int, samples: int = 1) -> Tile:
+        """The tile of a matrix product, `filters` columns for `pixels` rows; one row is a stream of weights, in several sums at once.
+
+        With rows of several samples it has the columns that one sample's has, so that the same packed weight serves both.
+        """
+        if rows == samples:
+            widths = (4,) if columns >= self.lanes * 4 else (1,)
+        elif samples > 1:
+            widths = (self.product_tile(rows // samples, columns).filters // self.lanes,)
+        else:
+            widths = (1, 2)
+        tiles = [Tile(self.lanes * k, pixels, "filters") for k in widths for pixels in range(1, min(self.accumulators // k, rows) + 1)]
         return min(tiles, key=lambda tile: self._price(tile, rows, columns))
 
     def _price(self, tile: Tile, columns: int, filters: int) -> float:

@@ -199,6 +199,16 @@ def test_feature_maps_between_segments_may_be_in_blocks_and_nothing_else_may(pla
             reopened(with_library(plain, **wrong))
 
 
+@pytest.mark.parametrize("batches", [(1,), (4, 2), (2, 2), (0, 2)], ids=str)
+def test_batches_are_above_one_and_ascend(plain: Artifact, batches: tuple[int, ...]) -> None:
+    def with_batches(sizes: tuple[int, ...]) -> Artifact:
+        return with_library(plain, segments={name: replace(made, batches=sizes) for name, made in record(plain).segments.items()})
+
+    assert {made.batches for made in reopened(with_batches((2, 16))).targets["host"].segments.values()} == {(2, 16)}
+    with refused("the batches of each segment are above 1 and ascend", match="for batches of"):
+        reopened(with_batches(batches))
+
+
 def test_a_map_that_another_engine_reads_is_in_rows(plain: Artifact) -> None:
     segments = [segment.name for segment in plain.plan.segments]
     between = plain.plan.maps_between(segments)
