@@ -53,7 +53,7 @@ class Vectors:
         With rows of several samples it has the columns that one sample's has, so that the same packed weight serves both.
         """
         if rows == samples:
-            widths = (4,) if columns >= self.lanes * 4 else (1,)
+            widths: tuple[int, ...] = (4,) if columns >= self.lanes * 4 else (1,)
         elif samples > 1:
             widths = (self.product_tile(rows // samples, columns).filters // self.lanes,)
         else:
