@@ -18,10 +18,11 @@ from exitify.lower import library
 from exitify.lower.from_onnx import NotLowered
 from exitify.lower.library import Kernels, lower_segments
 from exitify.lower.lift_constants import lift_constants
+from exitify.lower.vectors import Vectors
 from exitify.lower.verify import segment_errors
 from exitify.plan import Segment
 from tests.artifacts import exported
-from tests.lower.kernels import HERE, lowered, module_of
+from tests.lower.kernels import HERE, lowered, machine_with, module_of
 from tests.skipping import skipping
 
 # --- constants ------------------------------------------------------------------------------------------------------
@@ -84,13 +85,14 @@ def test_equal_kernels_of_different_segments_are_one(network):
 
 def test_a_segments_function_takes_what_the_plan_says_and_then_its_weights():
     _, artifact = exported("depthwise")
-    kernels = lower_segments(artifact, artifact.plan.segments, HERE)
+    kernels = lower_segments(artifact, artifact.plan.segments, machine_with(Vectors(16, 32)))
     values = artifact.plan.values
     for segment in artifact.plan.segments:
         function, weights = functions(kernels)[segment.name], kernels.weights[segment.name]
         assert len(function.params) == len(segment.inputs) + len(segment.parameters) + len(weights)
         shapes = [tuple(map(int, param.ty.shape)) for param in function.params]
-        assert shapes[: len(segment.inputs)] == [(1, *values[name].shape) for name in segment.inputs]
+        blocked = {name: (1, -(-values[name].shape[0] // 16), *values[name].shape[1:], 16) for name in kernels.in_blocks}
+        assert shapes[: len(segment.inputs)] == [blocked.get(name, (1, *values[name].shape)) for name in segment.inputs]
         assert shapes[len(function.params) - len(weights) :] == [weight.shape for weight in weights]
 
 

@@ -190,7 +190,7 @@ def test_a_convolution_and_what_follows_it_are_one_kernel_of_its_schedule():
 def test_it_compiles_for_an_arm_processor():
     machine = machine_of(load_target("aarch64-cpu"))
     network = Network(drawn(2, seed=2), machine.vectors)
-    kernels = Kernels(library._fused(network.module, SEGMENT, machine), {}, {})
+    kernels = Kernels(library._fused(network.module, SEGMENT, machine)[0], {}, {})
     library.build(kernels, library.scheduled_by_default(kernels, machine), machine)
 
 
