@@ -255,7 +255,7 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         by_winograd = winograd.tile_of(shape, self.vectors) if shape.groups == 1 and data.ty.dtype == "float32" else 0
         if by_winograd:
             return winograd.convolution(self.builder_, self._blocks_of(data), array, shape, self.vectors, by_winograd)
-        tile = self.vectors.of(str(data.ty.dtype)).tile(shape.columns, shape.filters, shape.stride[1])
+        tile = self.vectors.of(str(data.ty.dtype)).tile(shape)
         read = shape.channels_read(tile.filters)
         if not read:
             return None

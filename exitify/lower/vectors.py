@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from exitify.lower import ranking
+
+if TYPE_CHECKING:
+    from exitify.lower.convolution import Shape
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,14 @@ class Vectors:
         """Most registers that a tile takes: with more LLVM spills (28 of 32 halved the speed, docs/measurements.md)."""
         return min(self.registers - 4, 16)
 
-    def tile(self, columns: int, filters: int, stride: int) -> Tile:
-        """The tile for rows of so many pixels, `stride` apart in the input: the one whose work is least, by `_price`."""
-        blocks = -(-filters // self.lanes)
-        widths = [self.lanes * k for k in (1, 2, 3, 4) if blocks % k == 0]
-        tiles = [Tile(width, pixels, "filters") for width in widths for pixels in range(1, self.accumulators + 1)]
-        fitting = [tile for tile in tiles if tile.filters * tile.pixels <= self.accumulators * self.lanes]
-        return min(fitting, key=lambda tile: self._price(tile, columns, filters))
+    def tile(self, shape: Shape) -> Tile:
+        """The tile of a convolution: of those that are possible the one that takes least time, as `exitify.lower.ranking` estimates."""
+        blocks = -(-shape.filters // self.lanes)
+        widths = [width for width in (1, 2, 3, 4) if blocks % width == 0]
+        widths = [width for width in widths if shape.channels_read(width * self.lanes)] or widths[:1]  # its caller asks which channels it reads, too
+        possible = [(width, pixels) for width in widths for pixels in range(1, self.accumulators // width + 1)]
+        width, pixels = min(possible, key=lambda tile: ranking.price(shape, *tile, self.lanes, self.registers))
+        return Tile(width * self.lanes, pixels, "filters")
 
     def product_tile(self, rows: int, columns: int, samples: int = 1) -> Tile:
         """The tile of a matrix product, `filters` columns for `pixels` rows; one row is a stream of weights, in several sums at once.

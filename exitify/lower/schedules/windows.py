@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.s_tir import Schedule
@@ -16,7 +18,39 @@ UNROLLED = 25
 """Most positions of a window whose code is written out; of larger ones a row's is."""
 
 
-def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
+@dataclass(frozen=True)
+class Choice:
+    """How windows are scheduled.
+
+    pixels: Of a row at once. rows: That are given their border together; 1 where there is none. unrolled: How many of the window's two loops are.
+    """
+
+    pixels: int
+    rows: int
+    unrolled: int
+
+
+def choices(func: tirx.PrimFunc, vectors: Vectors) -> list[Choice]:
+    """Every way of scheduling the function that is worth a measurement, the default first; none when it slides no window."""
+    sch = Schedule(func)
+    blocks = child_blocks(sch)
+    if "window" not in blocks:
+        return []
+    _, _, rows, columns, block, kernel_height, kernel_width = (extent(sch, loop) for loop in sch.get_loops(blocks["window"]))
+    pixels = [p for p in _divisors(columns) if p <= vectors.registers - 4]
+    strips, rows_at_once = [1], 1
+    if "padded" in blocks:
+        *_, padded_rows, padded_columns, _ = (extent(sch, loop) for loop in sch.get_loops(blocks["padded"]))
+        row_bytes = 4 * block * padded_columns * padded_rows / rows
+        strips = _divisors(rows)
+        rows_at_once = max(r for r in strips if r == 1 or r * row_bytes <= STRIP_BYTES)
+    unrolled = sorted({0, int(kernel_width > 1), 2 * int(kernel_height > 1)})
+    default = Choice(max(p for p in pixels if p <= vectors.accumulators), rows_at_once, 2 if kernel_height * kernel_width <= UNROLLED else 1)
+    found = [Choice(*one) for one in itertools.product(pixels, strips, unrolled)]
+    return [default, *(choice for choice in found if choice != default and 4 * choice.pixels >= default.pixels)]
+
+
+def schedule(func: tirx.PrimFunc, vectors: Vectors, choice: Choice | None = None) -> Schedule | None:
     """Some pixels of a row at once, their window unrolled, over a strip of rows that was given its border just before."""
     sch = Schedule(func)
     blocks = child_blocks(sch)
@@ -24,17 +58,15 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
         return _means(sch)
     if "window" not in blocks:
         return None
+    choice = choice or choices(func, vectors)[0]
     window = blocks["window"]
     is_alone = list(blocks)[-1] == "window"
     last = window if is_alone else inline_between(sch, "window")
-    *_, kernel_height, kernel_width = sizes = [extent(sch, loop) for loop in sch.get_loops(window)]
+    sizes = [extent(sch, loop) for loop in sch.get_loops(window)]
     n, c, y, x, lane = sch.get_loops(last)[:5]
-    rows, columns, block = (extent(sch, loop) for loop in (y, x, lane))
-    strip, pixel = sch.split(x, [None, max(p for p in range(1, vectors.accumulators + 1) if columns % p == 0)])
+    strip, pixel = sch.split(x, [None, choice.pixels])
     if "padded" in blocks:
-        *_, padded_rows, padded_columns, _ = (extent(sch, loop) for loop in sch.get_loops(blocks["padded"]))
-        row_bytes = 4 * block * padded_columns * padded_rows / rows
-        y, _ = sch.split(y, [None, max(r for r in range(1, rows + 1) if rows % r == 0 and (r == 1 or r * row_bytes <= STRIP_BYTES))])
+        y, _ = sch.split(y, [None, choice.rows])
     tiles = [(pixel, lane)]
     if not is_alone:
         sch.compute_at(window, strip, preserve_unit_loops=True)
@@ -46,9 +78,8 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
         sch.vectorize(sch.get_loops(blocks["padded"])[-1])
     if math.prod(sizes) >= SMALLEST_SHARED * vectors.lanes:
         share(sch, [n, c, y])
-    if kernel_height * kernel_width <= UNROLLED:
-        sch.unroll(ry)
-    sch.unroll(rx)
+    for loop in (ry, rx)[2 - choice.unrolled :]:
+        sch.unroll(loop)
     for pixel, lane in tiles:
         sch.unroll(pixel)
         sch.vectorize(lane)
@@ -56,6 +87,10 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.unroll(pixel)
     sch.vectorize(lane)
     return sch
+
+
+def _divisors(size: int) -> list[int]:
+    return [n for n in range(1, size + 1) if size % n == 0]
 
 
 def _means(sch: Schedule) -> Schedule:

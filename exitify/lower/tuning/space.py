@@ -1,4 +1,4 @@
-"""What could be tried for a kernel: our schedules' own choices, and MetaSchedule's random programs for kernels without any."""
+"""What could be tried for a kernel: our schedules' own choices, and MetaSchedule's random programs for kernels that no schedule of ours is for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -15,24 +15,34 @@ from tvm.s_tir import Schedule, Trace
 
 from exitify.lower.library import AnyMachine, silent_stderr
 from exitify.lower.processors import Machine
-from exitify.lower.schedules import convolution, default_schedule, gpu
+from exitify.lower.schedules import KINDS, convolution, default_schedule, fallback, gpu, windows
 from exitify.lower.tuning.database import Choice, Known, choice_text
+
+WITH_CHOICES = {"convolution": convolution, "windows": windows}
+"""Kinds of kernels whose schedules can be chosen, by the name under which a choice stands in the database."""
 
 
 def candidates(kernel: tirx.PrimFunc, machine: AnyMachine, known: Known, seed: int) -> Iterator[Choice | None]:
     """Yield what to measure next, the default (None) first; ends when there is nothing left.
 
-    `known` is read again before each: of a convolution's choices those nearest to the best come first.
+    `known` is read again before each: of our choices those nearest to the best come first. A kernel that only our schedules fit, for it reads
+    what was packed for them, and that leave nothing to choose, has the default alone.
     """
     if choice_text(None) not in known.seconds:
         yield None
-    ours = convolution.choices(kernel, machine.vectors) if isinstance(machine, Machine) else []
+    if not isinstance(machine, Machine):
+        yield from _in_turn([_random_programs(kernel, machine, known, seed, rules) for rules in _rules_for(kernel)])
+        return
+    ours = own_choices(kernel, machine)
     if ours:
         yield from _nearest(ours, known, random.Random(seed))  # noqa: S311
-    elif isinstance(machine, Machine):
+    elif all(kind is fallback or kind.schedule(kernel, machine.vectors) is None for kind in KINDS):
         yield from _random_programs(kernel, machine, known, seed)
-    else:
-        yield from _in_turn([_random_programs(kernel, machine, known, seed, rules) for rules in _rules_for(kernel)])
+
+
+def own_choices(kernel: tirx.PrimFunc, machine: Machine) -> list[Choice]:
+    """The choices that the kernel's schedule leaves, the default's among them, as data."""
+    return [{name: dataclasses.asdict(choice)} for name, kind in WITH_CHOICES.items() for choice in kind.choices(kernel, machine.vectors)]
 
 
 def _rules_for(kernel: tirx.PrimFunc) -> tuple[str, ...]:
@@ -61,10 +71,11 @@ def apply(kernel: tirx.PrimFunc, choice: Choice | None, machine: AnyMachine) -> 
         return gpu.default_schedule(kernel, machine.target) if choice is None else _by_trace(kernel, choice)
     if choice is None:
         return default_schedule(kernel, machine.vectors).mod["main"]
-    if "convolution" in choice:
-        made = convolution.schedule(kernel, machine.vectors, convolution.Choice(**choice["convolution"]))
-        assert made is not None
-        return made.mod["main"]
+    for name, kind in WITH_CHOICES.items():
+        if name in choice:
+            made = kind.schedule(kernel, machine.vectors, kind.Choice(**choice[name]))
+            assert made is not None
+            return made.mod["main"]
     return _by_trace(kernel, choice)
 
 
@@ -74,24 +85,22 @@ def _by_trace(kernel: tirx.PrimFunc, choice: Choice) -> tirx.PrimFunc:
     return schedule.mod["main"]
 
 
-def _nearest(choices: list[convolution.Choice], known: Known, order: random.Random) -> Iterator[Choice]:
+def _nearest(choices: Sequence[Choice], known: Known, order: random.Random) -> Iterator[Choice]:
     """Choices that differ least from the best so far, in random order among equals."""
     order.shuffle(choices := list(choices[1:]))
     while True:
-        open_ = [choice for choice in choices if choice_text(_as_data(choice)) not in known.seconds]
+        open_ = [choice for choice in choices if choice_text(choice) not in known.seconds]
         if not open_:
             return
-        measured = [choice for choice in choices if choice_text(_as_data(choice)) in known.seconds]
-        best = min(measured, key=lambda choice: known.seconds[choice_text(_as_data(choice))], default=None)
-        yield _as_data(min(open_, key=lambda choice: _distance(choice, best)) if best else open_[0])
+        measured = [choice for choice in choices if choice_text(choice) in known.seconds]
+        best = min(measured, key=lambda choice: known.seconds[choice_text(choice)], default=None)
+        yield min(open_, key=lambda choice: _distance(choice, best)) if best else open_[0]
 
 
-def _distance(a: convolution.Choice, b: convolution.Choice) -> int:
-    return sum(getattr(a, field.name) != getattr(b, field.name) for field in dataclasses.fields(a))
-
-
-def _as_data(choice: convolution.Choice) -> Choice:
-    return {"convolution": dataclasses.asdict(choice)}
+def _distance(a: Choice, b: Choice) -> int:
+    """In how many fields two choices of one kind differ."""
+    (one,), (other,) = a.values(), b.values()
+    return sum(one[field] != other[field] for field in one)
 
 
 def _random_programs(kernel: tirx.PrimFunc, machine: AnyMachine, known: Known, seed: int, rules: str = "") -> Iterator[Choice]:
