@@ -397,7 +397,7 @@ def our_calls(model: Model, case: Case, machine: Machine) -> tuple[list[Call], A
     with warnings.catch_warnings(), library.silent_stderr():
         warnings.simplefilter("ignore")
         module = from_onnx(model.proto)
-        module = library._fused(module, Segment("trunk_case", "trunk", (), (), (), (), Cost()), machine)
+        module, _ = library._fused(module, Segment("trunk_case", "trunk", (), (), (), (), Cost()), machine)
         main, constants = lift_constants(module["main"])
         kernels = Kernels(module, {}, {})
         scheduled = library.scheduled_by_default(kernels, machine)

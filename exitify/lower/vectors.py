@@ -50,7 +50,7 @@ class Vectors:
         widths = [width for width in (1, 2, 3, 4) if blocks % width == 0]
         widths = [width for width in widths if shape.channels_read(width * self.lanes)] or widths[:1]  # its caller asks which channels it reads, too
         possible = [(width, pixels) for width in widths for pixels in range(1, self.accumulators // width + 1)]
-        width, pixels = min(possible, key=lambda tile: ranking.price(shape, *tile, self.lanes, self.registers))
+        width, pixels = min(possible, key=lambda tile: ranking.price(shape, tile[0], tile[1], self.lanes, self.registers))
         return Tile(width * self.lanes, pixels, "filters")
 
     def product_tile(self, rows: int, columns: int, samples: int = 1) -> Tile:
