@@ -13,6 +13,7 @@ from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Conditions, MaskMeasured, MaskTable
 from exitify.errors import DataError, LibraryRefused, MalformedManifest, PlanError
 from exitify.lower.pipeline import compile_artifact
+from exitify.lower.processors import machine_of
 from exitify.plan import FINAL
 from exitify.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from exitify.runtime.session import Session
@@ -219,8 +220,8 @@ def test_both_sets_of_norms_share_the_weights_of_convolutions():
             arrays = compiled().tensors("targets/host/weights.safetensors")
             assert shared
             for one in set(segment.weights) - shared:
-                assert arrays[one].ndim == 3  # a factor or a summand a channel
-                assert arrays[one].shape[1:] == (1, 1)
+                images, _, height, width, block = arrays[one].shape  # a factor or a summand a channel, in blocks
+                assert (images, height, width, block) == (1, 1, 1, machine_of(load_target("host")).vectors.lanes)
 
 
 def test_a_library_of_other_second_norms_is_refused_as_stale():
