@@ -24,7 +24,8 @@ from exitify.calibration.calibrate import Outputs, Settings, disagreement_of, ex
 from exitify.calibration.thresholds import NEVER, judge
 from exitify.data import load_samples
 from exitify.plan import FINAL
-from exitify.runtime.session import Answer, Session, Trace, Visit
+from exitify.runtime.answers import Answer, Trace, Visit
+from exitify.runtime.session import Session
 
 TRIPLES = ((3, 5, 7), (2, 4, 6), (1, 8, 9), (0, 2, 8), (3, 4, 6))
 """Classes that a device sees, chosen before anything was measured: cat dog horse, bird deer frog, automobile ship truck, airplane bird ship,

@@ -121,7 +121,7 @@ def run_of(shape: Shape, tile: tuple[int, int], machine: Machine) -> list[Callab
     image = (1, -(-shape.channels // lanes), shape.height, shape.width, lanes)
     packed = (-(-shape.filters // (width * lanes)), shape.channels // several, *shape.kernel, several, width * lanes)
     data, weight = te.placeholder(image, "float32", "data"), te.placeholder(packed, "float32", "weight")
-    result = packed_convolution(data, weight, shape, Tile(width * lanes, pixels, "filters"), lanes)
+    result = packed_convolution(data, weight, shape, Tile(width * lanes, pixels), lanes)
     result = te.compute(result.shape, lambda *at: tirx.max(result[at], tirx.const(0.0, "float32")), name="relu")
     kernel = te.create_prim_func([data, weight, result]).with_attr("tirx.noalias", True)
     made = convolution.schedule(kernel, machine.vectors)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from exitify.plan import Plan as Plan
     from exitify.program import ExitOutputs as ExitOutputs
     from exitify.program import Program as Program
-    from exitify.runtime.session import Answer as Answer
+    from exitify.runtime.answers import Answer as Answer
     from exitify.runtime.session import Session as Session
     from exitify.tracing import capture as capture
     from exitify.train.end_to_end import train_network as train_network
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from exitify.train.skip_distillation import SkipAwareDistillation as SkipAwareDistillation
 
 _HOME = {
-    "Answer": "exitify.runtime.session",
+    "Answer": "exitify.runtime.answers",
     "Artifact": "exitify.artifact.artifact",
     "ExitOutputs": "exitify.program",
     "ExitifyError": "exitify.errors",

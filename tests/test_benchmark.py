@@ -11,7 +11,8 @@ import torch
 from exitify.artifact.artifact import Artifact
 from exitify.benchmark import BenchReport, Timing, bench
 from exitify.errors import DataError, EngineError, ExitifyError, UnknownProfile
-from exitify.runtime.session import Answer, Session
+from exitify.runtime.answers import Answer
+from exitify.runtime.session import Session
 from tests import digits
 
 MOST = 60

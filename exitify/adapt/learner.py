@@ -27,7 +27,7 @@ from exitify.artifact.manifest import ExitSetting, SegmentTimes
 from exitify.calibration.bounds import upper_bound
 from exitify.calibration.thresholds import NEVER
 from exitify.errors import StateError
-from exitify.runtime.session import Trace
+from exitify.runtime.answers import Trace
 
 Array = NDArray[np.float32]
 Stage = Literal["learning", "stopped"]

@@ -19,7 +19,8 @@ from exitify.data import Samples
 from exitify.errors import DataError
 from exitify.files import NotWritten
 from exitify.progress import Progress, silent
-from exitify.runtime.session import Answer, Session
+from exitify.runtime.answers import Answer
+from exitify.runtime.session import Session
 
 SAVE_EVERY = 1000
 """Answers between two writes of the state."""

@@ -22,8 +22,9 @@ from exitify.artifact.artifact import Artifact
 from exitify.calibration.thresholds import NEVER
 from exitify.errors import ExitifyError, StateError
 from exitify.records import dumps
+from exitify.runtime.answers import Answer, Trace
 from exitify.runtime.engines.base import Array
-from exitify.runtime.session import Answer, Session, Trace
+from exitify.runtime.session import Session
 from exitify.targets.board import conditions
 
 log = logging.getLogger(__name__)

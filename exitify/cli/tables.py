@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from exitify.passes.choose_exits import Considered
     from exitify.passes.choose_skips import ConsideredBlock
     from exitify.placement import Placement
-    from exitify.runtime.session import Answer
+    from exitify.runtime.answers import Answer
     from exitify.targets import Target
     from exitify.train.heads import HeadReport
 

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from tvm import relax, te, tirx, topi
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from exitify.lower.expressions import OPAQUE, is_known, operator_of
 from exitify.lower.linear import ROWS, ravel, unravel
 from exitify.lower.normalization import over_columns
 from exitify.lower.vectors import Tile, Vectors
 
 COLUMNS, ROW_AXIS = "exitify.columns", "exitify.row_axis"
 """Notes: of the similarities on how many columns their tile has, beside `ROWS`; of the result on which of its axes the rows are."""
-OPAQUE = 8
-"""TVM's OpPatternKind: nothing joins it."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class _Search:
     def call_of(self, value: Any, name: str) -> Any:
         """The call of this operator that a variable is bound to, if it is."""
         call = self.values.get(value)
-        return call if _operator(call) == name else None
+        return call if operator_of(call) == name else None
 
     def only_reader(self, variable: Any) -> Any:
         """The binding that reads a variable, if only one does."""
@@ -190,7 +189,7 @@ class _Search:
 
     def ending_in(self, binding: Any) -> Attention | None:
         """The attention that ends in this product; None if it is another or none."""
-        if _operator(binding.value) != "relax.matmul" or not self.only_reader(binding.value.args[0]):
+        if operator_of(binding.value) != "relax.matmul" or not self.only_reader(binding.value.args[0]):
             return None
         softmax = self.call_of(binding.value.args[0], "relax.nn.softmax")
         if softmax is None or int(softmax.attrs.axis) not in (-1, len(softmax.ty.shape) - 1):
@@ -208,7 +207,8 @@ class _Search:
             return None
         found = Attention(queries, keys, values, scale * first * second, tuple(bias.astype(np.float32) for bias in biases), binding.var)
         reader = self.only_reader(binding.var)
-        if reader is not None and _operator(reader.value) == "relax.permute_dims" and tuple(map(int, reader.value.attrs.axes or ())) == (0, 2, 1, 3):
+        move: Any = reader.value if reader is not None else None
+        if operator_of(move) == "relax.permute_dims" and tuple(map(int, move.attrs.axes or ())) == (0, 2, 1, 3):
             return dataclasses.replace(found, result=reader.var, is_merged=True)
         return found
 
@@ -219,7 +219,7 @@ class _Search:
         columns = int(value.ty.shape.values[-1])
         while self.only_reader(value) is not None:
             call: Any = self.values.get(value)
-            kind = _operator(call)
+            kind = operator_of(call)
             if kind == "relax.matmul":
                 return call, scale, biases
             if kind == "relax.reshape" and _core(_sizes(call)) == _core(_sizes(call.args[0])):
@@ -245,7 +245,7 @@ class _Search:
             if isinstance(call, relax.TupleGetItem) and (split := self.call_of(call.tuple_value, "relax.split")) is not None:
                 moves.append(functools.partial(_part, split, call.index))
                 value = split.args[0]
-            elif (kind := _operator(call)) in MOVES and all(not isinstance(argument, relax.Var) for argument in call.args[1:]):
+            elif (kind := operator_of(call)) in MOVES and all(not isinstance(argument, relax.Var) for argument in call.args[1:]):
                 moves.append(functools.partial(MOVES[kind], call))
                 value = call.args[0]
             elif kind == "relax.multiply" and (split := _with_constant(call)) is not None and split[1].size == 1:
@@ -254,11 +254,6 @@ class _Search:
             else:
                 break
         return Moved(value, tuple(reversed(moves)), shape), factor
-
-
-def _operator(expression: Any) -> str:
-    """The operator that this is a call of; of TVM's operators, not of kernels."""
-    return str(expression.op.name) if isinstance(expression, relax.Call) and isinstance(expression.op, tvm.ir.Op) else ""
 
 
 def _sizes(expression: Any) -> tuple[int, ...]:
@@ -273,7 +268,7 @@ def _core(sizes: Sequence[int]) -> tuple[int, ...]:
 
 def _with_constant(call: Any) -> tuple[Any, NDArray[Any]] | None:
     """The operand that is computed, and the one that is known; None if they are not one each, or the first is spread over the second."""
-    known = [isinstance(argument, tvm.ir.GenericConst) and isinstance(argument.value, tvm.runtime.Tensor) for argument in call.args]
+    known = [is_known(argument) for argument in call.args]
     if sum(known) != 1:
         return None
     value, constant = call.args if known[1] else reversed(call.args)

@@ -13,18 +13,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import tvm
-from numpy.typing import NDArray
 from tvm import relax, te, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from exitify.lower import windows, winograd
-from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE, Shape, channels_together, pack_weight, packed_convolution
+from exitify.lower.convolution import Shape, channels_together, pack_weight, packed_convolution
+from exitify.lower.expressions import OPAQUE, OUT_ELEMENTWISE_FUSABLE, is_known, operator_of
 from exitify.lower.vectors import Vectors
-
-OPAQUE = 8
-"""TVM's OpPatternKind: joined to nothing."""
+from exitify.runtime.engines.blocks import in_blocks
 
 ONE_BY_ONE = frozenset(
     f"relax.{name}"
@@ -73,14 +70,14 @@ def to_blocks(module: tvm.IRModule, vectors: Vectors, borders: Borders = IN_ROWS
     return blocks.builder_.get(), frozenset(blocks.given)
 
 
-def into_blocks(image: te.Tensor, block: int) -> te.Tensor:
-    """Return `(N, C, H, W)` in blocks, zeros past the last channel."""
-    images, channels, height, width = image.shape
+def into_blocks(image: te.Tensor, block: int, *, channels_last: bool = False) -> te.Tensor:
+    """Return `(N, C, H, W)`, or with the channels last `(N, H, W, C)`, in blocks, zeros past the last channel."""
+    images, channels, height, width = (image.shape[axis] for axis in ((0, 3, 1, 2) if channels_last else (0, 1, 2, 3)))
     whole = int(channels) % block == 0
 
     def value(n: Any, c: Any, y: Any, x: Any, v: Any) -> Any:
         channel = c * block + v
-        found = image[n, channel, y, x]
+        found = image[n, y, x, channel] if channels_last else image[n, channel, y, x]
         return found if whole else tirx.if_then_else(channel < channels, found, tirx.const(0, image.dtype))
 
     return te.compute((images, -(-int(channels) // block), height, width, block), value, name="into_blocks")
@@ -92,32 +89,10 @@ def out_of_blocks(blocks: te.Tensor, channels: int) -> te.Tensor:
     return te.compute((images, channels, height, width), lambda n, c, y, x: blocks[n, c // block, y, x, c % block], name="out_of_blocks")
 
 
-def from_channels_last(image: te.Tensor, block: int) -> te.Tensor:
-    """Return `(N, H, W, C)` in blocks, zeros past the last channel."""
-    images, height, width, channels = image.shape
-    whole = int(channels) % block == 0
-
-    def value(n: Any, c: Any, y: Any, x: Any, v: Any) -> Any:
-        channel = c * block + v
-        found = image[n, y, x, channel]
-        return found if whole else tirx.if_then_else(channel < channels, found, tirx.const(0, image.dtype))
-
-    return te.compute((images, -(-int(channels) // block), height, width, block), value, name="into_blocks")
-
-
 def channels_last(blocks: te.Tensor, channels: int) -> te.Tensor:
     """Return what is in blocks as `(N, H, W, C)`."""
     images, _, height, width, block = blocks.shape
     return te.compute((images, height, width, channels), lambda n, y, x, c: blocks[n, c // block, y, x, c % block], name="channels_last")
-
-
-def in_blocks(array: NDArray[Any], block: int) -> NDArray[Any]:
-    """Return an image or one number a channel, `(N, C, H, W)` or `(C, 1, 1)`, in blocks, zeros past the last channel."""
-    array = array.reshape((1,) * (4 - array.ndim) + array.shape)
-    images, channels, height, width = array.shape
-    padded = np.zeros((images, -(-channels // block) * block, height, width), array.dtype)
-    padded[:, :channels] = array
-    return np.ascontiguousarray(padded.reshape(images, -1, block, height, width).transpose(0, 1, 3, 4, 2))
 
 
 @mutator
@@ -169,7 +144,7 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         call, is_output = binding.value, not isinstance(binding.var, relax.DataflowVar)
         if is_output and self._give(binding):
             return
-        name = call.op.name if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.Op) else ""
+        name = operator_of(call)
         rows = self.leaving[name](call) if name in self.leaving else None
         if rows is not None:
             self.set_var_remap(binding.var, self.builder_.emit_output(rows) if is_output else self.builder_.emit(rows))
@@ -239,7 +214,7 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         data, weight = call.args
         attributes = call.attrs
         is_plain = (attributes.data_layout, attributes.kernel_layout, attributes.out_layout) == ("NCHW", "OIHW", "NCHW")
-        if not (is_plain and _is_known(weight) and call.ty.dtype == "float32" and isinstance(data, relax.Var) and _sizes(data) and _sizes(call)):
+        if not (is_plain and is_known(weight) and call.ty.dtype == "float32" and isinstance(data, relax.Var) and _sizes(data) and _sizes(call)):
             return None
         array = weight.value.numpy()
         shape = _shape(data, attributes.strides, attributes.padding, attributes.dilation, array.shape[0], array.shape[2:], attributes.groups)
@@ -278,7 +253,7 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
     def _two_by_two(self, call: relax.Call) -> relax.Expr | None:
         if not any(self._is_blocked(value) for value in call.args) or not _sizes(call) or len(call.ty.shape) != 4:
             return None
-        if call.op.name == "relax.divide" and not (_is_known(call.args[1]) and call.args[1].value.numpy().size == 1):
+        if call.op.name == "relax.divide" and not (is_known(call.args[1]) and call.args[1].value.numpy().size == 1):
             return None
         channels = int(call.ty.shape[1])
         given = [self._operand(value, channels) for value in call.args]
@@ -296,7 +271,7 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         """What stands for it beside so many channels in blocks; None where nothing can."""
         if isinstance(value, relax.Var):
             return self._blocks_of(value) if _sizes(value) and int(value.ty.shape[1]) == channels else None
-        if not _is_known(value):
+        if not is_known(value):
             return None
         array = value.value.numpy()
         if array.size == 1:
@@ -350,9 +325,9 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         return self._in_a_row(means, int(data.ty.shape[1]))
 
     def _flat(self, call: relax.Call) -> relax.Expr | None:
-        """One pixel, `(1, C, 1, 1)`, as a row."""
+        """One pixel, `(N, C, 1, 1)`, as a row."""
         data = call.args[0]
-        if not self._is_blocked(data) or _sizes(data)[0] != 1 or _sizes(data)[2:] != [1, 1] or len(call.ty.shape) != 2 or int(call.ty.shape[0]) != 1:
+        if not self._is_blocked(data) or _sizes(data) != [*map(int, call.ty.shape), 1, 1]:
             return None
         return self._in_a_row(self._blocks_of(data), _sizes(data)[1])
 
@@ -374,11 +349,9 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         if not self._is_blocked(data) or not all(isinstance(values, relax.Tuple) for values in given):
             return None
         axes, begins, ends, strides = ([int(value) for value in values.fields] for values in given)
-        sizes = _sizes(data)
-        for axis, begin, end, stride in zip(axes, begins, ends, strides):
-            if (axis % 4 not in (2, 3) and (begin, stride) != (0, 1)) or (axis % 4 not in (2, 3) and end < sizes[axis]):
-                return None
-        kept = [i for i, axis in enumerate(axes) if axis % 4 in (2, 3)]
+        sizes, kept = _sizes(data), [i for i, axis in enumerate(axes) if axis % 4 in (2, 3)]
+        if any((begins[i], strides[i]) != (0, 1) or ends[i] < sizes[axis] for i, axis in enumerate(axes) if i not in kept):
+            return None
         if not kept:
             return self._blocks_of(data)
         picked = ([values[i] for i in kept] for values in (axes, begins, ends, strides))
@@ -398,13 +371,13 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         if axes != [0, 3, 1, 2] or not (isinstance(data, relax.Var) and _sizes(data) and data.ty.dtype == "float32"):
             return None
         rows = self.visit_expr(data)
-        return self._call(lambda image: from_channels_last(image, self.block), rows, name="into_blocks", pattern=OPAQUE)
+        return self._call(lambda image: into_blocks(image, self.block, channels_last=True), rows, name="into_blocks", pattern=OPAQUE)
 
     def _limit(self, call: relax.Call) -> relax.Expr | None:
         """A clip, of which TVM's importer makes kernels at once."""
         operator = {"maximum": relax.op.maximum, "minimum": relax.op.minimum}.get(call.args[0].name_hint.rstrip("0123456789"))
         given = call.args[1].fields
-        is_limit = len(given) == 2 and _is_known(given[1]) and not given[1].value.shape
+        is_limit = len(given) == 2 and is_known(given[1]) and not given[1].value.shape
         return operator(self._blocks_of(given[0]), given[1]) if operator is not None and is_limit and self._is_blocked(given[0]) else None
 
 
@@ -415,10 +388,6 @@ def _broadcast(a: te.Tensor, b: te.Tensor, join: Callable[[Any, Any], Any]) -> t
         return tensor[tuple(0 if int(size) == 1 else place for size, place in zip(tensor.shape, at))]
 
     return te.compute(sizes, lambda *at: join(of(a, at), of(b, at)), name="gated")
-
-
-def _is_known(value: relax.Expr) -> bool:
-    return isinstance(value, tvm.ir.GenericConst) and isinstance(value.value, tvm.runtime.Tensor)
 
 
 def _sizes(value: relax.Expr) -> list[int]:

@@ -20,8 +20,6 @@ PIXELS = "exitify.pixels"
 """The convolution's note on the pixels of its `Tile`, whose filters are the last size of the packed weight."""
 HALF_TERMS = 64
 """Most terms of a sum in float16."""
-OUT_ELEMENTWISE_FUSABLE = 4
-"""TVM's OpPatternKind: element-wise operators behind it may join it."""
 
 
 @dataclass(frozen=True)

@@ -140,13 +140,13 @@ def _lowered(
         add(function, lowered, segment.name)
         weights[segment.name] = tuple(constants)
         for batch in batches:
-            for_several, _ = _fused(segment_module(artifact, segment, batch=batch), segment, machine, precision, borders, batch)
+            for_several, given_so = _fused(segment_module(artifact, segment, batch=batch), segment, machine, precision, borders, batch)
             function, others = lift_constants(for_several["main"])
-            if [array.shape for array in others] == [array.shape for array in constants] and all(map(np.array_equal, others, constants)):
+            if given_so == given and len(others) == len(constants) and all(map(np.array_equal, others, constants)):
                 add(function, for_several, name_of(segment.name, batch))
                 in_batches[segment.name] = (*in_batches.get(segment.name, ()), batch)
             else:
-                log.warning("%s has no code for batches of %d: it would take other weights than for one sample", segment.name, batch)
+                log.warning("%s has no code for batches of %d: its weights or the form of its maps would be others", segment.name, batch)
     block = machine.vectors.lanes if isinstance(machine, Machine) else 0
     return Kernels(builder.get(), weights, second_weights, frozenset(in_blocks), block if in_blocks else 0, in_batches), refused
 

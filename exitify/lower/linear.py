@@ -11,7 +11,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax, te, tirx
 
-from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE
+from exitify.lower.expressions import OUT_ELEMENTWISE_FUSABLE, is_known, operator_of
 from exitify.lower.vectors import Tile, Vectors
 
 ROWS = "exitify.rows"
@@ -103,7 +103,7 @@ def legalize(vectors: Vectors, samples: int = 1) -> Any:
             tile = vectors.product_tile(int(data.ty.shape[-2]), int(weight.ty.shape[-1]))
             return builder.call_te(lambda x, y: product_of_two(x, y, tile), data, weight, primfunc_name_hint="product", primfunc_attrs=attributes)
         rows_first = _before_transposing(builder, weight)
-        if isinstance(weight, tvm.ir.GenericConst):
+        if is_known(weight):
             array = weight.value.numpy()
             rows = math.prod(int(size) for size in data.ty.shape) // array.shape[0]
             tile = vectors.product_tile(rows, array.shape[1], samples)
@@ -122,8 +122,8 @@ def legalize(vectors: Vectors, samples: int = 1) -> Any:
 
 def _before_transposing(builder: relax.BlockBuilder, weight: Any) -> Any:
     """The matrix that this one is the transpose of; None if it is none. Operators before the product are kernels already."""
-    made_by = builder.lookup_binding(weight) if isinstance(weight, relax.Var) and len(weight.ty.shape) == 2 else None
-    if isinstance(made_by, relax.Call) and isinstance(made_by.op, tvm.ir.Op) and made_by.op.name == "relax.call_tir":
+    made_by: Any = builder.lookup_binding(weight) if isinstance(weight, relax.Var) and len(weight.ty.shape) == 2 else None
+    if operator_of(made_by) == "relax.call_tir":
         kernel, arguments = made_by.args[0], made_by.args[1].fields
         if kernel.name_hint.rstrip("0123456789") == "transpose" and len(arguments) == 1:
             return arguments[0]

@@ -10,7 +10,7 @@ from typing import Any
 import tvm
 from tvm import relax, te, tirx
 
-from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE
+from exitify.lower.expressions import OUT_ELEMENTWISE_FUSABLE
 from exitify.lower.vectors import Vectors
 
 OF_LANES = "_of_lanes"

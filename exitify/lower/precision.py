@@ -9,6 +9,8 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from exitify.lower.expressions import is_known, operator_of
+
 
 def to_half(module: tvm.IRModule) -> tvm.IRModule:
     """Return the module with its convolutions and its products with known weights over float16, their results float32.
@@ -25,8 +27,8 @@ def to_half(module: tvm.IRModule) -> tvm.IRModule:
 class _Half(PyExprMutator):  # type: ignore[misc]
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
-        kind = call.op.name if isinstance(call.op, tvm.ir.Op) else ""
-        if kind not in ("relax.nn.conv2d", "relax.matmul") or not _is_known(call.args[1]):
+        kind = operator_of(call)
+        if kind not in ("relax.nn.conv2d", "relax.matmul") or not is_known(call.args[1]) or call.args[1].value.dtype != "float32":
             return call
         data = relax.op.astype(call.args[0], "float16")
         weight = relax.const(call.args[1].value.numpy().astype(np.float16))
@@ -38,7 +40,3 @@ class _Half(PyExprMutator):  # type: ignore[misc]
         sizes = {name: [int(n) for n in getattr(attributes, name)] for name in ("strides", "padding", "dilation")}
         layouts = {name: getattr(attributes, name) for name in ("data_layout", "kernel_layout", "out_layout")}
         return relax.op.nn.conv2d(data, weight, **sizes, **layouts, groups=1, out_dtype="float32")
-
-
-def _is_known(weight: Any) -> bool:
-    return isinstance(weight, tvm.ir.GenericConst) and isinstance(weight.value, tvm.runtime.Tensor) and weight.value.dtype == "float32"

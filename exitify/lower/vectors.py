@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from exitify.lower import ranking
 
@@ -14,15 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a convolution keeps in registers: so many output channels for so many pixels of a row.
-
-    along: Which of them a vector register holds. Along pixels the result is NCHW as it is; along filters it can be
-        computed for any width and stride, and is turned round at the end.
-    """
+    """What a convolution or a product keeps in registers: so many output channels, in vectors, for so many pixels of a row."""
 
     filters: int
     pixels: int
-    along: Literal["pixels", "filters"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Vectors:
         widths = [width for width in widths if shape.channels_read(width * self.lanes)] or widths[:1]  # its caller asks which channels it reads, too
         possible = [(width, pixels) for width in widths for pixels in range(1, self.accumulators // width + 1)]
         width, pixels = min(possible, key=lambda tile: ranking.price(shape, tile[0], tile[1], self.lanes, self.registers))
-        return Tile(width * self.lanes, pixels, "filters")
+        return Tile(width * self.lanes, pixels)
 
     def product_tile(self, rows: int, columns: int, samples: int = 1) -> Tile:
         """The tile of a matrix product, `filters` columns for `pixels` rows; one row is a stream of weights, in several sums at once.
@@ -64,15 +59,13 @@ class Vectors:
             widths = (self.product_tile(rows // samples, columns).filters // self.lanes,)
         else:
             widths = (1, 2)
-        tiles = [Tile(self.lanes * k, pixels, "filters") for k in widths for pixels in range(1, min(self.accumulators // k, rows) + 1)]
+        tiles = [Tile(self.lanes * k, pixels) for k in widths for pixels in range(1, min(self.accumulators // k, rows) + 1)]
         return min(tiles, key=lambda tile: self._price(tile, rows, columns))
 
-    def _price(self, tile: Tile, columns: int, filters: int) -> float:
-        """Relative time: what is computed beyond the image and its channels, loads a multiplication, additions that wait for each other."""
-        across, down = (tile.pixels, tile.filters) if tile.along == "pixels" else (tile.filters, tile.pixels)
-        vectors = across // self.lanes
-        computed = math.ceil(filters / tile.filters) * tile.filters / filters * math.ceil(columns / tile.pixels) * tile.pixels / columns
-        loads = 0.25 * (vectors + down) / (vectors * down)
-        waiting = 0.5 * max(0.0, 1 - vectors * down / 6)
-        turned = 0.05 if tile.along == "filters" else 0.0
-        return computed * (1 + loads + waiting + turned)
+    def _price(self, tile: Tile, rows: int, columns: int) -> float:
+        """A product's relative time: what is computed beyond its rows and columns, loads a multiplication, additions that wait for each other."""
+        vectors = tile.filters // self.lanes
+        computed = math.ceil(columns / tile.filters) * tile.filters / columns * math.ceil(rows / tile.pixels) * tile.pixels / rows
+        loads = 0.25 * (vectors + tile.pixels) / (vectors * tile.pixels)
+        waiting = 0.5 * max(0.0, 1 - vectors * tile.pixels / 6)
+        return computed * (1.05 + loads + waiting)

@@ -13,11 +13,11 @@ from tvm import relax
 
 from exitify.artifact.artifact import HEADS_FILE, Artifact, parameter_values
 from exitify.artifact.manifest import name_of
-from exitify.lower.blocked import in_blocks
 from exitify.lower.library import Kernels
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import Engine
+from exitify.runtime.engines.blocks import in_blocks
 
 Array = NDArray[Any]
 

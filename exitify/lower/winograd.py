@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import relax, te, tirx
 
-from exitify.lower.convolution import OUT_ELEMENTWISE_FUSABLE, Shape
+from exitify.lower.convolution import Shape
+from exitify.lower.expressions import OUT_ELEMENTWISE_FUSABLE
 from exitify.lower.vectors import Vectors
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}

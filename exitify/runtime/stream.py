@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exitify.errors import DataError
+from exitify.runtime.answers import Answer
 from exitify.runtime.policies import BEFORE, Array, one_similarity, one_softmax
-from exitify.runtime.session import Answer, ExitsVersion, Session, _Setup
+from exitify.runtime.session import ExitsVersion, Session, _Setup
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from exitify.artifact.manifest import Conformal, ExitSetting
 from exitify.calibration.thresholds import NEVER
 from exitify.errors import DataError, StateError, UnknownProfile
 from exitify.plan import FINAL
-from exitify.runtime.session import Answer, Trace, Visit
+from exitify.runtime.answers import Answer, Trace, Visit
 from tests import digits
 from tests.adapt.world import FEW, artifact, careful, device, population, stream
 from tests.artifacts import exported

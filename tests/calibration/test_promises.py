@@ -32,7 +32,8 @@ from exitify.calibration.temperature import calibration_errors
 from exitify.calibration.thresholds import NEVER, judge
 from exitify.errors import CalibrationError, ExitifyError
 from exitify.plan import FINAL
-from exitify.runtime.session import Recording, Session
+from exitify.runtime.answers import Recording
+from exitify.runtime.session import Session
 from tests import digits
 from tests.calibration.simulated import PLAN, disagreement, drop, mean_macs, plan, population, taken
 

@@ -13,8 +13,9 @@ from torch.nn import functional
 from tvm import relax
 
 from exitify.lower import library
-from exitify.lower.blocked import Borders, in_blocks
+from exitify.lower.blocked import Borders
 from exitify.lower.library import Kernels
+from exitify.runtime.engines.blocks import in_blocks, in_rows
 from tests.lower.kernels import SEGMENT, UNITS, Array, lowered, machine_with, module_of, run, stages
 
 RANDOM = np.random.default_rng(0)
@@ -179,6 +180,7 @@ def test_a_constant_in_blocks_has_its_numbers_where_channels_are():
         for c in range(channels):
             np.testing.assert_array_equal(made[0, c // block, ..., c % block], whole[0, c])
         assert np.count_nonzero(made) == whole.size
+        np.testing.assert_array_equal(in_rows(made, channels), whole)
     assert in_blocks(np.ones((5, 1, 1), np.float32), 4).shape == (1, 2, 1, 1, 4)
 
 
@@ -214,9 +216,7 @@ def test_a_function_takes_and_gives_blocks_where_both_sides_keep_them(vectors, f
     found = run(Kernels(fused, {}, {}), [in_blocks(x, vectors.lanes)], machine)
     expected = [first.torch(x).numpy(), x.transpose(0, 1, 3, 2), -x]
     for got, wanted in zip(found, expected, strict=True):
-        channels = wanted.shape[1]
-        rows = got.transpose(0, 1, 4, 2, 3).reshape(1, -1, *got.shape[2:4])[:, :channels]
-        np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(in_rows(got, wanted.shape[1]), wanted, rtol=1e-5, atol=1e-5)
     assert (
         library._fused(module_of([x], lambda emit, x: [emit(relax.op.permute_dims(x, [0, 1, 3, 2]))]), SEGMENT, machine, borders=Borders(may=[0]))[1]
         == set()

@@ -14,8 +14,9 @@ import pytest
 from exitify.artifact.artifact import Artifact, target_path
 from exitify.errors import LibraryRefused
 from exitify.lower.pipeline import compile_artifact
+from exitify.runtime.answers import Answer
 from exitify.runtime.engines.elf import architecture_of
-from exitify.runtime.session import Answer, Session
+from exitify.runtime.session import Session
 from exitify.targets import load_target, processor
 from tests.artifacts import inputs, profile_for
 from tests.cli.console import exitify

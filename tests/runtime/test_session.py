@@ -27,9 +27,10 @@ from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL
 from exitify.runtime import engines
 from exitify.runtime import session as session_module
+from exitify.runtime.answers import Answer
 from exitify.runtime.engines import onnxruntime as onnxruntime_engine
 from exitify.runtime.engines.base import Bound, Engine
-from exitify.runtime.session import Answer, Session
+from exitify.runtime.session import Session
 from tests.artifacts import EXITS, exported, inputs, profile_for, with_contract
 from tests.compiled import thresholds as thresholds_for
 

@@ -16,9 +16,10 @@ from exitify.artifact.manifest import Conformal, ExitSetting, Policy
 from exitify.errors import DataError, PlanError
 from exitify.plan import FINAL
 from exitify.runtime import session as session_module
+from exitify.runtime.answers import Answer
 from exitify.runtime.engines import onnxruntime as onnxruntime_engine
 from exitify.runtime.policies import from_logits, softmax
-from exitify.runtime.session import Answer, Session
+from exitify.runtime.session import Session
 from tests.artifacts import exported, inputs, profile_for
 from tests.runtime.stopping import NAMES, four_exits, profile_of, recorded, session_of, stops, sureness_of
 from tests.skipping import pictures, skipping

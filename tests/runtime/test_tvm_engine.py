@@ -34,11 +34,12 @@ from exitify.lower.from_onnx import NotLowered, not_lowered, segment_module
 from exitify.lower.pipeline import compile_artifact
 from exitify.plan import FINAL, Segment
 from exitify.runtime import engines
+from exitify.runtime.answers import Answer
 from exitify.runtime.engines import onnxruntime as onnxruntime_engine
 from exitify.runtime.engines import tvm as tvm_engine
 from exitify.runtime.engines.base import Array
 from exitify.runtime.engines.elf import architecture_of
-from exitify.runtime.session import Answer, Session
+from exitify.runtime.session import Session
 from exitify.targets import load_target, processor
 from tests.artifact.packing import files_of, packed
 from tests.artifacts import EXITS, exported, inputs, profile_for

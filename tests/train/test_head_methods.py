@@ -12,7 +12,8 @@ import torch
 import exitify
 from exitify.artifact.artifact import HEADS_FILE, Artifact, build_artifact
 from exitify.errors import DataError, PlanError
-from exitify.runtime.session import Recording, Session
+from exitify.runtime.answers import Recording
+from exitify.runtime.session import Session
 from exitify.train import heads as training
 from exitify.train.heads import HeadTraining, train_heads
 from tests import digits

@@ -9,9 +9,9 @@ from tvm.s_tir import Schedule
 
 from exitify.lower.attention import COLUMNS, ROW_AXIS
 from exitify.lower.linear import ROWS
-from exitify.lower.schedules.blocks import child_blocks, extent, share
+from exitify.lower.schedules.blocks import child_blocks, extent, in_registers, share
 from exitify.lower.schedules.normalization import in_vectors
-from exitify.lower.schedules.product import in_registers, sum_in_registers
+from exitify.lower.schedules.product import sum_in_registers
 from exitify.lower.vectors import Vectors
 
 PRODUCTS = ("packed_keys", "similarities", "weighted", "attention")
@@ -37,7 +37,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.reorder(*lead, strip, block, row, channel)
     share(sch, [*lead, strip])
     *_, strip, block, row, channel = sch.get_loops(blocks["attention"])
-    in_registers(sch, row, channel, vectors)
+    in_registers(sch, row, channel, vectors.lanes)
     sch.compute_at(blocks["weighted"], block, preserve_unit_loops=True)
     for name in reversed(rows):
         sch.compute_at(rows[name], strip, preserve_unit_loops=True)
@@ -47,7 +47,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     *_, row, column = sch.get_loops(blocks["row_logits"])
     block, column = sch.split(column, [None, tile_columns])
     sch.reorder(block, row, column)
-    in_registers(sch, row, column, vectors)
+    in_registers(sch, row, column, vectors.lanes)
     sch.compute_at(blocks["similarities"], block, preserve_unit_loops=True)
     sum_in_registers(sch, blocks["similarities"], vectors)
     group, block, *_ = sch.get_loops(blocks["packed_keys"])

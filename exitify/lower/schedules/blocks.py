@@ -49,6 +49,15 @@ def vectorise(sch: Schedule, loop: LoopRV, vectors: Vectors) -> None:
     sch.vectorize(loop)
 
 
+def in_registers(sch: Schedule, outer: LoopRV, inner: LoopRV, lanes: int) -> None:
+    """A tile in registers: its inner loop in vectors, what is round them unrolled."""
+    sch.unroll(outer)
+    if extent(sch, inner) > lanes and extent(sch, inner) % lanes == 0:
+        several, inner = sch.split(inner, [None, lanes])
+        sch.unroll(several)
+    sch.vectorize(inner)
+
+
 def parallel_rows(sch: Schedule, block: SBlockRV, vectors: Vectors) -> None:
     """Vectorise a block's last loop and, if there is enough to do, share out the others among the threads."""
     *outer, last = sch.get_loops(block)

@@ -9,10 +9,9 @@ from typing import Literal
 
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
 
 from exitify.lower.convolution import PIXELS
-from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, parallel_rows, share
+from exitify.lower.schedules.blocks import child_blocks, extent, in_registers, inline_between, parallel_rows, share
 from exitify.lower.vectors import Vectors
 
 SMALLEST_SHARED = 400_000
@@ -91,30 +90,18 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors, choice: Choice | None = None
     sch.reorder(i, ry, rx, inner, column, filter_)
     for loop in (ry, rx)[2 - choice.unrolled :]:
         sch.unroll(loop)
-    _in_registers(sch, column, filter_, lanes)
-    _in_registers(sch, pixel, o, 1)
+    in_registers(sch, column, filter_, lanes)
+    sch.unroll(pixel)
+    sch.unroll(o)
     sch.vectorize(lane)
     begins = [sch.decompose_reduction(convolution, i)]
     if is_half:
         *_, column, filter_ = sch.get_loops(total)
-        _in_registers(sch, column, filter_, lanes)
+        in_registers(sch, column, filter_, lanes)
         begins.append(sch.decompose_reduction(total, part))
     for begin in begins:
         *_, column, filter_ = sch.get_loops(begin)
-        _in_registers(sch, column, filter_, lanes)
+        in_registers(sch, column, filter_, lanes)
     if "padded" in blocks:
         parallel_rows(sch, blocks["padded"], vectors)
     return sch
-
-
-def _in_registers(sch: Schedule, outer: LoopRV, inner: LoopRV, lanes: int) -> None:
-    """Unroll both loops but for the vectors of the inner one."""
-    sch.unroll(outer)
-    width = extent(sch, inner)
-    if lanes == 1:
-        sch.unroll(inner)
-        return
-    if width > lanes and width % lanes == 0:
-        several, inner = sch.split(inner, [None, lanes])
-        sch.unroll(several)
-    sch.vectorize(inner)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.s_tir.schedule import SBlockRV
 
 from exitify.lower.linear import ROWS
-from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
+from exitify.lower.schedules.blocks import child_blocks, extent, in_registers, inline_between, share
 from exitify.lower.vectors import Vectors
 
 
@@ -70,7 +70,7 @@ def _of_two(sch: Schedule, vectors: Vectors) -> Schedule:
     sch.reorder(*lead, strip, block, row, lane)
     sch.compute_at(product, block, preserve_unit_loops=True)
     share(sch, [*lead, strip])
-    in_registers(sch, row, lane, vectors)
+    in_registers(sch, row, lane, vectors.lanes)
     sum_in_registers(sch, product, vectors)
     group, block, *_ = sch.get_loops(blocks["packed_right"])
     share(sch, [group, block])
@@ -81,18 +81,9 @@ def sum_in_registers(sch: Schedule, product: SBlockRV, vectors: Vectors) -> None
     """A tile of a product, its loops rows, columns and what is summed up: the sums stay in registers while that goes by."""
     *_, row, column, k = sch.get_loops(product)
     sch.reorder(k, row, column)
-    in_registers(sch, row, column, vectors)
+    in_registers(sch, row, column, vectors.lanes)
     *_, row, column = sch.get_loops(sch.decompose_reduction(product, k))
-    in_registers(sch, row, column, vectors)
-
-
-def in_registers(sch: Schedule, row: LoopRV, column: LoopRV, vectors: Vectors) -> None:
-    """Vectorise a tile's columns and unroll its rows."""
-    sch.unroll(row)
-    if extent(sch, column) > vectors.lanes:
-        several, column = sch.split(column, [None, vectors.lanes])
-        sch.unroll(several)
-    sch.vectorize(column)
+    in_registers(sch, row, column, vectors.lanes)
 
 
 def _dots(sch: Schedule) -> Schedule:

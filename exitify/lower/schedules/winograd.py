@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.s_tir.schedule import LoopRV
 
-from exitify.lower.schedules.blocks import child_blocks, extent, inline_between, share
+from exitify.lower.schedules.blocks import child_blocks, extent, in_registers, inline_between, share
 from exitify.lower.schedules.tiles import LINE, product_of_tile
 from exitify.lower.vectors import Vectors
 from exitify.lower.winograd import STRIPS
@@ -42,7 +42,8 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.reorder(k, j, group, channel_block, channel, t, w)
     written = sch.cache_write(product, 0, "global")
     sch.reverse_compute_at(written, group, preserve_unit_loops=True)
-    _in_registers(sch, written, vectors)
+    *_, t, w = sch.get_loops(written)
+    in_registers(sch, t, w, vectors.lanes)
 
     sch.compute_at(columns, strip, preserve_unit_loops=True)
     k, j, c, t, lane = sch.get_loops(columns)[-5:]
@@ -62,15 +63,11 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
         for loop in (c, block):
             if extent(sch, loop) > 1:
                 share(sch, [loop])
-    _in_registers(sch, sch.decompose_reduction(product, channel_block), vectors)
+    begin = sch.decompose_reduction(product, channel_block)
+    *_, t, w = sch.get_loops(begin)
+    in_registers(sch, t, w, vectors.lanes)
     sch.tensorize(channel, product_of_tile(tiles, filters, channels, vectors.lanes))
     return sch
-
-
-def _in_registers(sch: Schedule, block: SBlockRV, vectors: Vectors) -> None:
-    """Unroll a block's last two loops, the last one in vectors."""
-    *_, outer, inner = sch.get_loops(block)
-    _unrolled(sch, outer, *sch.split(inner, [None, vectors.lanes]))
 
 
 def _unrolled(sch: Schedule, *loops: LoopRV) -> None:

@@ -24,6 +24,7 @@ from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.errors import EngineError, LibraryRefused, first_line
 from exitify.plan import Segment, Stretch
 from exitify.runtime.engines.base import ALIGNMENT, Array, Bound, Engine, Parameters, Runner, aligned
+from exitify.runtime.engines.blocks import in_blocks, in_rows
 from exitify.runtime.engines.cuda import NoGpu, gpu_at_hand, load_sidecar, offer_kernels
 from exitify.runtime.engines.elf import architecture_of
 from exitify.runtime.engines.tvm_library import runtime_library
@@ -138,21 +139,11 @@ class TvmEngine(Engine):
 
     def rows(self, name: str, array: Array) -> Array:
         """A value as the plan describes it, which the library may keep in blocks of channels."""
-        if name not in self.compiled.in_blocks:
-            return array
-        images, blocks, height, width, block = array.shape
-        channels = self.artifact.plan.values[name].shape[0]
-        return np.ascontiguousarray(array.transpose(0, 1, 4, 2, 3).reshape(images, blocks * block, height, width)[:, :channels])
+        return in_rows(array, self.artifact.plan.values[name].shape[0]) if name in self.compiled.in_blocks else array
 
     def kept(self, name: str, array: Array) -> Array:
         """A value as the library keeps it, given so or as the plan describes it."""
-        if name not in self.compiled.in_blocks or array.ndim == 5:
-            return array
-        images, channels, height, width = array.shape
-        blocks, block = -(-channels // self.compiled.block), self.compiled.block
-        padded = np.zeros((images, blocks * block, height, width), array.dtype)
-        padded[:, :channels] = array
-        return np.ascontiguousarray(padded.reshape(images, blocks, block, height, width).transpose(0, 1, 3, 4, 2))
+        return in_blocks(array, self.compiled.block) if name in self.compiled.in_blocks and array.ndim == 4 else array
 
     def use_threads(self) -> None:
         """Let the calling thread's kernels share its work with as many threads as the engine was given.
