@@ -153,6 +153,11 @@ def test_calibrating_again_keeps_the_library_and_it_still_runs(workshop: Path, t
     assert {answer["exit"] for answer in answers} == {"exit1"}
 
 
+def test_batches_get_functions_and_say_so(workshop: Path) -> None:
+    library = exitify("compile", "net.exitify", "--batch", "2,5", "-o", "batches.exitify", "--json", folder=workshop).document["libraries"][0]
+    assert {tuple(made["batches"]) for made in library["segments"].values()} == {(2, 5)}
+
+
 def test_an_operator_that_tvm_lacks_is_named_and_can_be_left_to_onnx_runtime(workshop: Path) -> None:
     done = exitify("compile", "odd.exitify", folder=workshop)
     refused(done, "TVM cannot take the segment 'trunk_final': .*Celu")
@@ -173,6 +178,8 @@ def test_an_operator_that_tvm_lacks_is_named_and_can_be_left_to_onnx_runtime(wor
 # --- exit codes -----------------------------------------------------------------------------------------------------
 
 BAD = {
+    "sizes of batches in words": (("compile", "net.exitify", "--batch", "4,x"), "--batch '4,x' is no list of sizes"),
+    "a batch of one": (("compile", "net.exitify", "--batch", "1,4"), "batches of 1, 4 cannot be compiled for"),
     "unknown target": (("compile", "net.exitify", "--target", "orin-9000"), "there is no target 'orin-9000'"),
     "no such board file": (("compile", "net.exitify", "--target", "./nothere.toml"), r"there is no target '\./nothere\.toml'"),
     "text as board": (("compile", "net.exitify", "--target", "text.toml"), r"text\.toml is not TOML"),
