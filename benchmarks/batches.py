@@ -4,8 +4,8 @@
     exitify calibrate r56.exitify --data CIFAR#test --max-drop 0.005
     python -m benchmarks.batches r56.exitify CIFAR#test
 
-Samples leave at exits, and those that are left go on together. The whole network is the same library without its exits, in batches as large,
-in turn with it. A cost is counted in multiply-adds, and in the time that segments take one by one; heads that were tried count.
+Samples leave at exits, and those that are left go on together. The whole network is the same library by the same runtime with no exit, in
+batches as large, in turn with it. A cost is counted in multiply-adds, and in the time that segments take one by one; heads that were tried count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import numpy as np
 from exitify.artifact.artifact import Artifact
 from exitify.calibration.segment_times import measure_segments, run_times
 from exitify.data import load_samples
-from exitify.runtime.engines import make_engine
 from exitify.runtime.session import Session
 
 
@@ -43,12 +42,12 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for threads in options.threads:
         session = Session(artifact, engine=options.engine, profile=profile, threads=threads)
-        (whole,) = plan.stretches(())
-        run = make_engine(options.engine, artifact, threads).prepare(whole)
+        whole = Session(artifact, engine=options.engine, profile="none", threads=threads)
         times = measure_segments(artifact, engine=options.engine, threads=threads)
         ms = run_times(plan, times, enabled, plan.mask(artifact.profiles[profile].skip))
         for batch in options.batch:
             parts = [x[start : start + batch] for start in range(0, len(x), batch)]
+            whole.run_batch(parts[0])
             answers = [answer for part in parts for answer in session.run_batch(part)]
             shares = [
                 np.mean([answer.macs for answer in answers]) / plan.full_macs,
@@ -58,7 +57,7 @@ def main() -> None:
             for _ in range(options.rounds):
                 started = time.perf_counter()
                 for part in parts:
-                    run({plan.input: part})
+                    whole.run_batch(part)
                 middle = time.perf_counter()
                 for part in parts:
                     session.run_batch(part)

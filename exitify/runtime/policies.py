@@ -45,6 +45,10 @@ class History:
         """The history of these samples alone; `keep` is a mask or indices."""
         return History(self.labels[keep], self.agreed[keep], self.spent[keep])
 
+    def put(self, rows: Array, other: History) -> None:
+        """Let the history of these samples be another."""
+        self.labels[rows], self.agreed[rows], self.spent[rows] = other.labels, other.agreed, other.spent
+
 
 def softmax(logits: Array, temperature: float = 1.0) -> Floats:
     """Probabilities `(…, classes)` of logits at a temperature, in float64."""

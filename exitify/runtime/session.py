@@ -18,20 +18,17 @@ from exitify.errors import DataError, PlanError
 from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL, SCORES, Mask, Stretch, mask_text
 from exitify.runtime.answers import Answer, Recording, Trace, Visit
+from exitify.runtime.batches import Batch, Helpers
 from exitify.runtime.deadlines import FIRST_PASSES, StretchTimes
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import ALIGNMENT, Array, Bound, Engine, Runner, aligned
-from exitify.runtime.policies import BEFORE, History, Scorer, State, score, scorer
+from exitify.runtime.policies import BEFORE, History, score, scorer
 from exitify.runtime.quotas import geometric_quotas
+from exitify.runtime.steps import Rule, Setup, Step
 from exitify.targets.board import conditions
 
 if TYPE_CHECKING:
     from exitify.runtime.stream import Stream
-
-COPY_MACS_A_BYTE = 4
-"""What copying a byte costs beside computing: 10 GB/s against 40 GMAC/s. Rows that have left a batch are dropped when
-what they would still compute costs more than copying the rows that stay."""
-
 
 RANKED_BY: Mapping[Policy, Policy] = {"temporal": "top1", "patience": "top1", "jei": "gates"}
 """What ranks a batch's rows for a budget where a policy's own score does not: it is one for all, or 0 where the gates opened long ago."""
@@ -50,73 +47,7 @@ class ExitsVersion:
     tensors: Mapping[str, Array] = field(default_factory=dict)
     of_profile: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, ExitSetting]] = field(default_factory=dict)
-    setups: Mapping[str, _Setup] = field(default_factory=dict, repr=False)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """How exits decide, whichever of them are run.
-
-    profile: Its name, empty for none. settings: By exit; one that is not there, or not enabled, is never taken.
-    final_temperature: Divides the network's own logits. quantiles: By exit, empty for none.
-    """
-
-    profile: str = ""
-    policy: Policy = "top1"
-    settings: Mapping[str, ExitSetting] = field(default_factory=dict)
-    final_temperature: float = 1.0
-    quantiles: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A stretch and the decision after it.
-
-    is_last: Whether the run ends here, whatever its scores. decides: Whether the policy looks at it.
-    times: What deadlines know of the stretch, the same for all that run it.
-    """
-
-    stretch: Stretch
-    runner: Runner
-    logits: str
-    scores: str
-    is_last: bool
-    decides: bool
-    threshold: float
-    temperature: float
-    gate: tuple[float, ...]
-    quantile: float | None
-    macs: int
-    remaining_macs: int
-    times: StretchTimes
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """Everything that follows from a rule.
-
-    mask: The skip paths that are left out. exits: Names of those that are run. parameters: What their heads take.
-    column: Which score is held against the thresholds as it is. score: What makes one where none is.
-    only: The one exit that is run, and taken; empty where the rule decides.
-    """
-
-    mask: Mask
-    exits: tuple[str, ...]
-    steps: tuple[_Step, ...]
-    parameters: dict[str, Array]
-    rule: _Rule
-    column: int
-    score: Scorer | None
-    only: str = ""
-
-    def sureness(self, step: _Step, bound: Bound, state: State) -> tuple[float, State]:
-        """What the policy makes of a step that has run; NaN at an exit that its rule gives no gate."""
-        scores = bound.value(step.scores)
-        if self.score is None:
-            return scores.item(self.column), state
-        if not step.gate and self.rule.policy in ("gates", "jei"):
-            return math.nan, state
-        return self.score(scores, bound.value(step.logits), step.gate, state)
+    setups: Mapping[str, Setup] = field(default_factory=dict, repr=False)
 
 
 class Session:
@@ -147,14 +78,15 @@ class Session:
         self._changing = threading.Lock()
         self._heads = artifact.classifiers()
         self.version = ExitsVersion()
-        self._calibrated: dict[str, _Setup] = {}
-        self._plain: dict[Mask, _Setup] = {}
-        self._recorders: dict[Mask, _Setup] = {}
+        self._calibrated: dict[str, Setup] = {}
+        self._plain: dict[Mask, Setup] = {}
+        self._recorders: dict[Mask, Setup] = {}
         self._runners: dict[Stretch, Runner] = {}
-        self._whole: dict[tuple[str, str], tuple[_Setup, _Setup]] = {}
-        self._ending: dict[tuple[str, Mask, str], tuple[_Setup, _Setup]] = {}
+        self._whole: dict[tuple[str, str], tuple[Setup, Setup]] = {}
+        self._ending: dict[tuple[str, Mask, str], tuple[Setup, Setup]] = {}
         self._times: dict[Stretch, StretchTimes] = {}
         self._clock = time.perf_counter_ns
+        self._helpers = Helpers()
         self.use(profile)
 
     @classmethod
@@ -246,7 +178,7 @@ class Session:
                     break
         return self._answer(step, bound.value(step.logits)[0].copy(), started)
 
-    def _run_within(self, deadline_ms: float, x: Array, setup: _Setup, version: ExitsVersion, started: int) -> Answer:
+    def _run_within(self, deadline_ms: float, x: Array, setup: Setup, version: ExitsVersion, started: int) -> Answer:
         """As `run`, with a deadline; `started` is when it began, in the clock's nanoseconds."""
         if not (0 < deadline_ms < math.inf):
             raise DataError(f"a deadline of {deadline_ms} ms is no time", "give milliseconds above 0")
@@ -273,7 +205,7 @@ class Session:
                 break
         return self._answer(answering, bound.value(answering.logits)[0].copy(), started)
 
-    def _measure(self, setup: _Setup, bound: Bound) -> None:
+    def _measure(self, setup: Setup, bound: Bound) -> None:
         """Go through all steps, and note how long each takes once the engine is warm."""
         for number in range(FIRST_PASSES):
             for index, step in enumerate(setup.steps):
@@ -400,7 +332,7 @@ class Session:
             self.version = ExitsVersion(self.version.number + 1, {name: self._heads[name] for name in names})
 
     def run_batch(self, x: Array, skip: str | Sequence[bool] | None = None, *, budget_macs: float | None = None) -> list[Answer]:
-        """Answer for a batch; rows that have their answer are dropped from it where that pays.
+        """Answer for a batch: samples that have their answer leave it, and those that are left go on together (`exitify.runtime.batches`).
 
         Args:
             x: `(N, *shape)`, or pictures, uint8 `(N, H, W, C)`.
@@ -414,40 +346,32 @@ class Session:
             DataError, PlanError: as for `run`; a budget below what the first exit costs.
         """
         started = self._clock()
-        values = {self.artifact.plan.input: self._ready(x)}
+        x = self._ready(x)
         version = self.version
         setup = self._now(version) if skip is None else self._with_mask(skip, version)
-        count = len(values[self.artifact.plan.input])
         quotas = None
         if budget_macs is not None:
             setup = self._with_some_exit(setup)
-            quotas = geometric_quotas([step.macs / self.artifact.plan.full_macs for step in setup.steps], budget_macs, count)
-        parameters = self._parameters(setup, version)
-        answers: list[Answer | None] = [None] * count
-        rows = np.arange(count)
-        open_rows = np.ones(count, bool)
-        history = History.empty(count)
-        for index, step in enumerate(setup.steps):
-            values.update(self._call(step, values, parameters))
-            logits = values[step.logits]
-            if step.is_last:
-                leaves = open_rows
-            else:
-                policy = RANKED_BY.get(setup.rule.policy, setup.rule.policy) if quotas else setup.rule.policy
-                labels = logits.argmax(axis=1) if policy == "patience" else history.labels
-                sureness, history = score(policy, values[step.scores], labels, step.gate, history)
-                leaves = open_rows & (sureness >= step.threshold) if quotas is None else _surest(sureness, open_rows, quotas[index])
-            for i in np.flatnonzero(leaves):
-                answers[rows[i]] = self._answer(step, logits[i].copy(), started)
-            open_rows = open_rows & ~leaves
-            if not open_rows.any():
-                break
-            needed = {name for later in setup.steps[index + 1 :] for name in later.stretch.inputs}
-            values = {name: value for name, value in values.items() if name in needed}
-            copied = sum(value[:1].nbytes for value in values.values()) * int(open_rows.sum())
-            if int((~open_rows).sum()) * step.remaining_macs > copied * COPY_MACS_A_BYTE:
-                values = {name: _rows_of(value, open_rows) for name, value in values.items()}
-                rows, history, open_rows = rows[open_rows], history.rows(open_rows), open_rows[open_rows]
+            quotas = geometric_quotas([step.macs / self.artifact.plan.full_macs for step in setup.steps], budget_macs, len(x))
+        answers: list[Answer | None] = [None] * len(x)
+        history = History.empty(len(x))
+        policy = RANKED_BY.get(setup.rule.policy, setup.rule.policy) if quotas else setup.rule.policy
+
+        def decide(index: int, numbers: Array, said: Mapping[str, Array]) -> Array:
+            step = setup.steps[index]
+            logits, stays = said[step.logits], np.zeros(len(numbers), bool)
+            if not step.is_last:
+                before = history.rows(numbers)
+                labels = logits.argmax(axis=1) if policy == "patience" else before.labels
+                sureness, after = score(policy, said[step.scores], labels, step.gate, before)
+                history.put(numbers, after)
+                stays = sureness < step.threshold if quotas is None else ~_surest(sureness, quotas[index])
+            for i in np.flatnonzero(~stays):
+                answers[numbers[i]] = self._answer(step, logits[i].copy(), started)
+            return stays
+
+        batch = Batch(self.engine, setup.steps, self._parameters(setup, version), {self.artifact.plan.input: x}, decide, together=quotas is not None)
+        batch.run(self._helpers)
         return [answer for answer in answers if answer is not None]
 
     def record(self, x: Array, skip: str | Sequence[bool] | None = None) -> Recording:
@@ -463,18 +387,18 @@ class Session:
             features[point.name] = values[point.features]
         return Recording(logits, features)
 
-    def _everything(self, mask: Mask) -> _Setup:
+    def _everything(self, mask: Mask) -> Setup:
         """All exits, none taken."""
         if mask not in self._recorders:
             names = [point.name for point in self.artifact.plan.exits]
-            self._recorders[mask] = self._assemble(mask, names, _Rule())
+            self._recorders[mask] = self._assemble(mask, names, Rule())
         return self._recorders[mask]
 
-    def _with_some_exit(self, setup: _Setup) -> _Setup:
+    def _with_some_exit(self, setup: Setup) -> Setup:
         """The same, or all exits, none taken, where it is the network without a profile."""
         return setup if setup.rule.profile or setup.only else self._everything(setup.mask)
 
-    def _now(self, version: ExitsVersion) -> _Setup:
+    def _now(self, version: ExitsVersion) -> Setup:
         """What is in use, as this version has it."""
         setup = self._setup
         changed = version.setups.get(setup.rule.profile) if version.number else None
@@ -482,7 +406,7 @@ class Session:
             return setup
         return self._ending_at(changed, setup.only) if setup.only else changed
 
-    def _with_all_exits(self, setup: _Setup) -> _Setup:
+    def _with_all_exits(self, setup: Setup) -> Setup:
         """The same with every other exit of the plan run too, and never taken."""
         key = setup.rule.profile, setup.only
         pair = self._whole.get(key)  # once: another thread may put a newer one there
@@ -491,7 +415,7 @@ class Session:
             pair = self._whole[key] = setup, replace(self._assemble(setup.mask, names, setup.rule), only=setup.only)
         return pair[1]
 
-    def _ending_at(self, setup: _Setup, name: str) -> _Setup:
+    def _ending_at(self, setup: Setup, name: str) -> Setup:
         """The same under its mask, with this exit always taken and no other head run.
 
         Raises:
@@ -503,7 +427,7 @@ class Session:
             pair = self._ending[key] = setup, self._assemble(setup.mask, [], setup.rule, only=name)
         return pair[1]
 
-    def _with_mask(self, skip: str | Sequence[bool], version: ExitsVersion) -> _Setup:
+    def _with_mask(self, skip: str | Sequence[bool], version: ExitsVersion) -> Setup:
         """What to run under this mask: the profile if it is its own, else the network without exits."""
         mask, setup = self.artifact.plan.mask(skip), self._now(version)
         if mask == setup.mask:
@@ -524,10 +448,10 @@ class Session:
         """
         self._with_mask(self.artifact.plan.mask(skip), self.version)
 
-    def _plain_setup(self, mask: Mask) -> _Setup:
+    def _plain_setup(self, mask: Mask) -> Setup:
         """The network under a mask, without exits."""
         if mask not in self._plain:
-            return self._plain.setdefault(mask, self._assemble(mask, [], _Rule()))  # one of them, whoever comes first
+            return self._plain.setdefault(mask, self._assemble(mask, [], Rule()))  # one of them, whoever comes first
         return self._plain[mask]
 
     def _mask_within(self, budget_ms: float) -> str:
@@ -552,15 +476,15 @@ class Session:
         """The mask in use, one 0 or 1 a skip path."""
         return mask_text(self._setup.mask)
 
-    def _make_setup(self, name: str, changes: Mapping[str, ExitSetting]) -> _Setup:
+    def _make_setup(self, name: str, changes: Mapping[str, ExitSetting]) -> Setup:
         """A profile's, with these settings in place of its own."""
         profile = self.artifact.profile(name)
         quantiles = profile.conformal.quantiles if profile.conformal and not changes else {}  # they are of its own thresholds
-        rule = _Rule(name, profile.policy, {**profile.exits, **changes}, profile.final_temperature, quantiles)
+        rule = Rule(name, profile.policy, {**profile.exits, **changes}, profile.final_temperature, quantiles)
         enabled = [point.name for point in self.artifact.plan.exits if rule.settings[point.name].enabled]
         return self._assemble(self.artifact.plan.mask(profile.skip), enabled, rule)
 
-    def _assemble(self, mask: Mask, exits: Sequence[str], rule: _Rule, *, only: str = "") -> _Setup:
+    def _assemble(self, mask: Mask, exits: Sequence[str], rule: Rule, *, only: str = "") -> Setup:
         """What runs these exits under a rule, or `only` one, and nothing behind it."""
         plan = self.artifact.plan
         stretches = plan.stretches((only,) if only else exits, mask)
@@ -568,12 +492,12 @@ class Session:
             wanted = (plan.output,) if only == FINAL else (plan.exit(only).logits, plan.exit(only).features, plan.exit(only).scores)
             stretches = (replace(stretches[0], outputs=wanted),)
         macs = np.cumsum([stretch.cost.macs for stretch in stretches])
-        steps: list[_Step] = []
+        steps: list[Step] = []
         for stretch, spent in zip(stretches, macs):
             point = None if stretch.exit == FINAL else plan.exit(stretch.exit)
             setting = rule.settings.get(stretch.exit, _NO_SETTING)
             steps.append(
-                _Step(
+                Step(
                     stretch,
                     self._runner(stretch),
                     logits=plan.output if point is None else point.logits,
@@ -585,7 +509,6 @@ class Session:
                     gate=setting.gate,
                     quantile=rule.quantiles.get(stretch.exit),
                     macs=int(spent),
-                    remaining_macs=int(macs[-1] - spent),
                     times=self._times.setdefault(stretch, StretchTimes()),
                 )
             )
@@ -594,7 +517,7 @@ class Session:
         parameters = {name: heads[name] for stretch in stretches for name in stretch.parameters}
         made = scorer(rule.policy)
         column = SCORES.index(rule.policy) if made is None else -1
-        return _Setup(mask, tuple(exits), tuple(steps), parameters, rule, column, made, only)
+        return Setup(mask, tuple(exits), tuple(steps), parameters, rule, column, made, only)
 
     def _runner(self, stretch: Stretch) -> Runner:
         """What runs a stretch, made once."""
@@ -602,19 +525,19 @@ class Session:
             self._runners.setdefault(stretch, self.engine.prepare(stretch))
         return self._runners[stretch]
 
-    def _parameters(self, setup: _Setup, version: ExitsVersion) -> Mapping[str, Array]:
+    def _parameters(self, setup: Setup, version: ExitsVersion) -> Mapping[str, Array]:
         """What heads take under this version."""
         if version.number == 0:
             return setup.parameters
         own = version.of_profile.get(setup.rule.profile, {})
         return {name: own.get(name, version.tensors.get(name, array)) for name, array in setup.parameters.items()}
 
-    def _call(self, step: _Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
+    def _call(self, step: Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: values[name] for name in step.stretch.inputs}
         given.update({name: parameters[name] for name in step.stretch.parameters})
         return step.runner(given)
 
-    def _bound(self, setup: _Setup, version: ExitsVersion) -> Bound:
+    def _bound(self, setup: Setup, version: ExitsVersion) -> Bound:
         """This thread's buffers for this setup, its heads as this version has them."""
         local = self._local.__dict__
         if local.get("setup") is setup and local["number"] == version.number:
@@ -635,7 +558,7 @@ class Session:
         local["setup"], local["number"], local["bound"] = setup, version.number, bounds[key]
         return bounds[key]
 
-    def _answer(self, step: _Step, logits: Array, started: int) -> Answer:
+    def _answer(self, step: Step, logits: Array, started: int) -> Answer:
         ms = (self._clock() - started) / 1e6
         label = int(logits.argmax())  # of a NaN, if there is one
         if not math.isfinite(logits[label]):
@@ -678,18 +601,11 @@ _NO_SETTING = ExitSetting(False, math.inf, 1.0)
 _Key = tuple[Mask, tuple[str, ...], str]
 
 
-def _surest(sureness: Array, among: Array, count: int) -> Array:
-    """Which `count` of these rows, a mask, have the largest scores; of equal ones the first, and last those whose score is no number."""
-    rows = np.flatnonzero(among)
-    chosen = np.zeros(len(among), bool)
-    chosen[rows[np.argsort(-sureness[rows], kind="stable")[:count]]] = True
+def _surest(sureness: Array, count: int) -> Array:
+    """Which `count` rows, a mask, have the largest scores; of equal ones the first, and last those whose score is no number."""
+    chosen = np.zeros(len(sureness), bool)
+    chosen[np.argsort(-sureness, kind="stable")[:count]] = True
     return chosen
-
-
-def _rows_of(array: Array, chosen: Array) -> Array:
-    """These rows, a mask, where engines take them as they are."""
-    rows = np.flatnonzero(chosen)
-    return np.take(array, rows, axis=0, out=aligned((len(rows), *array.shape[1:]), array.dtype.name), mode="clip")
 
 
 def _aligned_copy(array: Array) -> Array:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from exitify.errors import DataError
 from exitify.runtime.answers import Answer
 from exitify.runtime.policies import BEFORE, Array, one_similarity, one_softmax
-from exitify.runtime.session import ExitsVersion, Session, _Setup
+from exitify.runtime.session import ExitsVersion, Session
+from exitify.runtime.steps import Setup
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class _KeyFrame:
     answer: A copy of what was answered. probabilities: Of each exit that it passed, in order.
     """
 
-    setup: _Setup
+    setup: Setup
     version: ExitsVersion
     answer: Answer
     probabilities: tuple[Array | list[float], ...]
@@ -88,7 +89,7 @@ class Stream:
         self._key, self._held = _KeyFrame(setup, version, _held(answer, answer.exit, 0, 0.0), tuple(seen)), 0
         return answer
 
-    def _check(self, setup: _Setup) -> None:
+    def _check(self, setup: Setup) -> None:
         if self._hold is None and setup.rule.policy != "temporal":
             who = f"the profile {setup.rule.profile!r} does not" if setup.rule.profile else "there is no profile to"
             raise DataError(f"{who} say how similar frames must be for an answer to hold", "give hold=0.95, for instance")

@@ -26,7 +26,6 @@ from exitify.errors import DataError, EngineError, UnknownProfile
 from exitify.pictures import prepare_pictures
 from exitify.plan import FINAL
 from exitify.runtime import engines
-from exitify.runtime import session as session_module
 from exitify.runtime.answers import Answer
 from exitify.runtime.engines import onnxruntime as onnxruntime_engine
 from exitify.runtime.engines.base import Bound, Engine
@@ -433,9 +432,8 @@ def batches(monkeypatch) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_that_have_their_answer_are_dropped_from_the_batch(name, batches, monkeypatch):
+def test_rows_that_have_their_answer_are_dropped_from_the_batch(name, batches):
     _, artifact = exported(name)
-    monkeypatch.setattr(session_module, "COPY_MACS_A_BYTE", 0)
     x = inputs(12)
     logits = Session(artifact).record(x).logits
     thresholds = {exit_name: float(np.median(scores(logits[exit_name], 1.0)[:, 0])) for exit_name in ("exit1", "exit2")}
@@ -446,19 +444,6 @@ def test_rows_that_have_their_answer_are_dropped_from_the_batch(name, batches, m
     answers = session.run_batch(x)
     assert batches == {"exit1": 12, "exit2": 12 - taken.count("exit1"), FINAL: taken.count(FINAL)}
     assert [answer.exit for answer in answers] == taken
-
-
-def test_rows_stay_in_the_batch_where_dropping_them_does_not_pay(batches, monkeypatch):
-    _, artifact = exported("identity")
-    x = inputs(12)
-    logits = Session(artifact).record(x).logits
-    thresholds = {exit_name: float(np.median(scores(logits[exit_name], 1.0)[:, 0])) for exit_name in ("exit1", "exit2")}
-    session = session_with(artifact, thresholds)
-    expected = [(answer.label, answer.exit) for answer in session.run_batch(x)]
-    monkeypatch.setattr(session_module, "COPY_MACS_A_BYTE", 1e12)
-    batches.clear()
-    assert [(answer.label, answer.exit) for answer in session.run_batch(x)] == expected
-    assert batches == {"exit1": 12, "exit2": 12, FINAL: 12}
 
 
 def test_a_batch_that_has_all_its_answers_goes_no_further(batches):

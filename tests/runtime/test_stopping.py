@@ -52,9 +52,8 @@ def same(one: Answer, other: Answer) -> None:
     positions=st.dictionaries(st.sampled_from(NAMES), st.integers(0, 8), min_size=1),
     temperature=st.sampled_from([0.5, 1.0, 2.5]),
     seed=st.integers(0, 5),
-    drops=st.booleans(),
 )
-def test_every_policy_stops_where_the_recorded_outputs_say_alone_in_a_batch_and_in_a_trace(policy, positions, temperature, seed, drops):
+def test_every_policy_stops_where_the_recorded_outputs_say_alone_in_a_batch_and_in_a_trace(policy, positions, temperature, seed):
     """Only exits in `positions` are enabled; of eight rows so many do not reach an exit's threshold."""
     x = inputs(8, seed)
     logits, enabled = recorded(x), [name for name in NAMES if name in positions]
@@ -72,10 +71,8 @@ def test_every_policy_stops_where_the_recorded_outputs_say_alone_in_a_batch_and_
         np.testing.assert_allclose(answer.logits, logits[answer.exit][n], rtol=RTOL, atol=ATOL)
         assert answer.temperature == {**temperatures, FINAL: 3.0}[answer.exit]
         assert answer.macs == four_exits().plan.macs_at(enabled)[answer.exit]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_module, "COPY_MACS_A_BYTE", 0 if drops else 10**12)
-        for one, other in zip(session.run_batch(x), alone, strict=True):
-            same(one, other)
+    for one, other in zip(session.run_batch(x), alone, strict=True):
+        same(one, other)
     for n, (row, answer) in enumerate(zip(x, alone)):
         for to_end in (False, True):
             trace = session.trace(row, to_end=to_end)
@@ -295,11 +292,9 @@ def costs(exits: tuple[str, ...]) -> list[float]:
     return [macs / plan.full_macs for macs in plan.macs_at(exits).values()]
 
 
-@pytest.mark.parametrize("drops", [True, False])
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy not in ("patience", "temporal")])
 @pytest.mark.parametrize("budget", [0.55, 0.8])
-def test_the_surest_rows_leave_first_and_the_batch_keeps_its_budget(policy, budget, drops, monkeypatch):
-    monkeypatch.setattr(session_module, "COPY_MACS_A_BYTE", 0 if drops else 10**12)
+def test_the_surest_rows_leave_first_and_the_batch_keeps_its_budget(policy, budget):
     x, exits = inputs(40), ("exit1", "exit2", "exit4")
     logits = recorded(x)
     session = session_of(profile_of(policy, dict.fromkeys(exits, 0.0)))
@@ -349,9 +344,9 @@ def test_a_budget_below_the_first_exit_is_refused_with_the_least_before_anything
 
 
 def test_rows_whose_scores_are_no_numbers_are_the_least_sure():
-    chosen = session_module._surest(np.array([np.nan, 0.5, 0.9, 0.5, 0.99]), np.array([True, True, True, True, False]), 2)
-    assert chosen.tolist() == [False, True, True, False, False]
-    assert session_module._surest(np.array([np.nan, -np.inf]), np.array([True, True]), 1).tolist() == [False, True]
+    chosen = session_module._surest(np.array([np.nan, 0.5, 0.9, 0.5]), 2)
+    assert chosen.tolist() == [False, True, True, False]
+    assert session_module._surest(np.array([np.nan, -np.inf]), 1).tolist() == [False, True]
 
 
 def test_a_batch_within_a_budget_refuses_what_any_batch_does():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -65,6 +67,19 @@ class Engine(abc.ABC):
         """What times belong to: the engine, and its library."""
         return f"{self.name}:{self.library}" if self.library else self.name
 
+    def batches(self, stretch: Stretch) -> Sequence[int]:
+        """Sizes of batches that it runs as they are, the largest first, 1 last; it divides others up. None when all are alike to it."""
+        return ()
+
+    @property
+    def shares_samples(self) -> bool:
+        """Whether several threads that each compute some samples of a batch are faster than one whose kernels they share."""
+        return False
+
+    def alone(self, *, always: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Within it the calling thread's kernels are shared with no other. always: Whether this thread never runs any others."""
+        return contextlib.nullcontext()
+
     @abc.abstractmethod
     def prepare(self, stretch: Stretch) -> Runner:
         """Return a runner for this stretch.
@@ -109,9 +124,9 @@ class _PlainBound(Bound):
         return self.values[name]
 
 
-def aligned(shape: tuple[int, ...], dtype: str) -> Array:
-    """An array of zeros at an address that compiled code accepts."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    buffer = np.zeros(size + ALIGNMENT, np.uint8)
+def aligned(shape: tuple[int, ...], dtype: str | np.dtype[Any]) -> Array:
+    """An array at an address that compiled code accepts; what it holds is yet to be written."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)

@@ -5,6 +5,7 @@ A compiled library is native code. It is loaded when this engine is asked for by
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
@@ -12,7 +13,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,6 +93,7 @@ class TvmEngine(Engine):
 
             self._others = OnnxRuntimeEngine(artifact, threads)
         self._own = threading.local()
+        self._batches: dict[tuple[str, ...], tuple[int, ...]] = {}
         _Most.threads = max(_Most.threads, threads)
 
     def prepare(self, stretch: Stretch) -> Runner:
@@ -116,10 +118,26 @@ class TvmEngine(Engine):
         function: _Function = own.functions[key]
         return function
 
-    def batches(self, stretch: Stretch) -> list[int]:
-        """Sizes of batches for which all of a stretch has functions, the largest first; 1 is always one."""
-        sizes = [self.compiled.segments[name].batches if name in self.compiled.segments else () for name in stretch.segments]
-        return [*sorted(set.intersection(*map(set, sizes)), reverse=True), 1]
+    @property
+    def shares_samples(self) -> bool:
+        return self.threads > 1 and self.compiled.gpu is None
+
+    @contextlib.contextmanager
+    def alone(self, *, always: bool = False) -> Iterator[None]:
+        if not always:
+            self.use_threads()
+        self._own.is_alone = True
+        try:
+            yield
+        finally:
+            self._own.is_alone = False
+
+    def batches(self, stretch: Stretch) -> Sequence[int]:
+        """Those for which all of a stretch has functions, and 1."""
+        if stretch.segments not in self._batches:
+            sizes = [self.compiled.segments[name].batches if name in self.compiled.segments else () for name in stretch.segments]
+            self._batches[stretch.segments] = (*sorted(set.intersection(*map(set, sizes)), reverse=True), 1)
+        return self._batches[stretch.segments]
 
     def _find(self, segment: Segment, machine: Any, batch: int, *, is_second: bool) -> _Function:
         if is_second and segment.kind == "block":
@@ -148,12 +166,13 @@ class TvmEngine(Engine):
     def use_threads(self) -> None:
         """Let the calling thread's kernels share its work with as many threads as the engine was given.
 
-        A calling thread has workers of its own, made at its first call and never more: enough for every engine there is then.
-        A process that it forks has none of them.
+        A calling thread has workers of its own, made at its first call and never more: enough for every engine there is then,
+        or none for a thread that always computes alone. A process that it forks has none of them.
         """
-        before, wanted = getattr(_caller, "threads", 0), 1 if hasattr(_caller, "forked") else self.threads
+        is_alone = getattr(self._own, "is_alone", False)
+        before, wanted = getattr(_caller, "threads", 0), 1 if is_alone or hasattr(_caller, "forked") else self.threads
         if not before:
-            _set_threads(_Most.threads)
+            _set_threads(1 if is_alone else _Most.threads)
         if before != wanted:
             _set_threads(wanted)
             _caller.threads = wanted
@@ -212,13 +231,14 @@ class _Runner(Runner):
         self.engine, self.stretch = engine, stretch
         self.segments = [engine.artifact.plan.segment(name) for name in stretch.segments]
         self.batches = engine.batches(stretch)
+        self._placed: dict[str, tuple[Array, Any]] = {}
         for name in stretch.segments:
             engine.function(name, stretch.skipped)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.engine.use_threads()
         device = self.engine.device
-        parameters = {name: device.place(inputs[name]) for name in self.stretch.parameters}
+        parameters = {name: self._placed_once(name, inputs[name]) for name in self.stretch.parameters}
         count = len(inputs[self.stretch.inputs[0]])
         given = {name: self.engine.kept(name, inputs[name]) for name in self.stretch.inputs}
         results: dict[str, Array] = {}
@@ -226,19 +246,33 @@ class _Runner(Runner):
         while start < count:
             batch = next(size for size in self.batches if size <= count - start)
             values = {**parameters, **{name: device.place(array[start : start + batch]) for name, array in given.items()}}
-            try:
-                for segment in self.segments:
-                    function = self.engine.function(segment.name, self.stretch.skipped, batch)
-                    values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
-            except Exception as error:
-                raise _failed(self.stretch, error) from error
-            for name in self.stretch.outputs:
-                found = device.read(values[name])
+            found = self._computed(values, batch)
+            if batch == count:
+                return found
+            for name, array in found.items():
                 if name not in results:
-                    results[name] = aligned((count, *found.shape[1:]), found.dtype.name)
-                results[name][start : start + batch] = found
+                    results[name] = aligned((count, *array.shape[1:]), array.dtype)
+                results[name][start : start + batch] = array
             start += batch
         return results
+
+    def _placed_once(self, name: str, array: Array) -> Any:
+        """A parameter as a tensor; nobody changes its values, so that the last one's stands as long as it is given."""
+        known = self._placed.get(name)
+        if known is None or known[0] is not array:
+            known = self._placed[name] = array, self.engine.device.place(array)
+        return known[1]
+
+    def _computed(self, values: dict[str, Any], batch: int) -> dict[str, Array]:
+        """The outputs for as many samples as there are functions for."""
+        engine, skipped = self.engine, self.stretch.skipped
+        try:
+            for segment in self.segments:
+                function = engine.function(segment.name, skipped, batch)
+                values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
+        except Exception as error:
+            raise _failed(self.stretch, error) from error
+        return {name: engine.device.read(values[name]) for name in self.stretch.outputs}
 
 
 class _Device(Protocol):
