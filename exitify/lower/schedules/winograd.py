@@ -40,10 +40,6 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.compute_at(product, block, preserve_unit_loops=True)
     k, j, group, t, w, channel_block, channel = sch.get_loops(product)[-7:]
     sch.reorder(k, j, group, channel_block, channel, t, w)
-    written = sch.cache_write(product, 0, "global")
-    sch.reverse_compute_at(written, group, preserve_unit_loops=True)
-    *_, t, w = sch.get_loops(written)
-    in_registers(sch, t, w, vectors.lanes)
 
     sch.compute_at(columns, strip, preserve_unit_loops=True)
     k, j, c, t, lane = sch.get_loops(columns)[-5:]
@@ -55,7 +51,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     sch.compute_at(pixels, x, preserve_unit_loops=True)
     _unrolled(sch, *sch.get_loops(pixels)[-3:])
     _unrolled(sch, k, lane)
-    for transformed, position in ((columns, 3), (written, 4)):
+    for transformed, position in ((columns, 3), (product, 4)):
         sch.storage_align(transformed, 0, position, 2 * LINE, LINE)
     if extent(sch, n) * extent(sch, strip) >= STRIPS:
         share(sch, [n, strip])
