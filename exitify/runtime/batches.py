@@ -42,12 +42,11 @@ class _Samples:
         first, others = ({name: value[part] for name, value in self.values.items()} for part in (slice(count), slice(count, None)))
         return _Samples(numbers[0], first), _Samples(numbers[1], others)
 
-    def chosen(self, mask: Array) -> _Samples:
-        """Those where the mask is set; nothing is copied yet."""
-        if mask.all():
+    def rows(self, chosen: Array) -> _Samples:
+        """Those at these places, in ascending order; nothing is copied yet."""
+        if len(chosen) == len(self.numbers):
             return self
-        rows = np.flatnonzero(mask)
-        return _Samples(self.numbers[rows], self.values, rows if self.at is None else self.at[rows])
+        return _Samples(self.numbers[chosen], self.values, chosen if self.at is None else self.at[chosen])
 
 
 def _joined(parts: Sequence[_Samples]) -> _Samples:
@@ -78,9 +77,8 @@ class _Line:
     computed: list[tuple[_Samples, dict[str, Array]]] = field(default_factory=list)
 
     def add(self, samples: _Samples) -> None:
-        if len(samples.numbers):
-            self.waiting.append(samples)
-            self.count += len(samples.numbers)
+        self.waiting.append(samples)
+        self.count += len(samples.numbers)
 
     def take(self, count: int) -> list[_Samples]:
         """The first so many, in the parts that they came in."""
@@ -109,14 +107,19 @@ class Batch:
             decide: See there; called by one thread at a time.
             together: Whether it is asked about all samples that reach a step at once, in place of those of each call.
         """
-        self.engine, self.steps, self.parameters, self.decide, self.together = engine, steps, parameters, decide, together
+        self.engine, self.steps, self.decide, self.together = engine, steps, decide, together
         self._sizes = [engine.batches(step.stretch) for step in steps]
         self._lines = [_Line() for _ in steps]
-        self._read_from = [{name for later in steps[index:] for name in later.stretch.inputs} for index in range(len(steps) + 1)]
+        self._parameters = [{name: parameters[name] for name in step.stretch.parameters} for step in steps]
+        made = {name: index for index, step in enumerate(steps) for name in step.stretch.outputs}
+        self._read_from = [
+            {name for later in steps[index:] for name in later.stretch.inputs if made.get(name, -1) < index} for index in range(len(steps) + 1)
+        ]
         (self._left,) = {len(value) for value in inputs.values()}
         self._lines[0].add(_Samples(np.arange(self._left), inputs))
         self._changed = threading.Condition()
         self._stopped = False
+        self._threads = 1
 
     def run(self, helpers: Helpers) -> None:
         """Compute until every sample has its answer: by several threads where the engine lets them, and there is a full call for each."""
@@ -124,6 +127,7 @@ class Batch:
         if not (engine.shares_samples and largest and self._left >= largest * engine.threads):
             self._work()
             return
+        self._threads = engine.threads
 
         def help_out() -> None:
             with engine.alone(always=True):
@@ -148,8 +152,7 @@ class Batch:
                 index, parts = taken
                 samples, step = _joined(parts), self.steps[index]
                 given = {name: samples.values[name] for name in step.stretch.inputs}
-                given.update({name: self.parameters[name] for name in step.stretch.parameters})
-                found = step.runner(given)
+                found = step.runner({**given, **self._parameters[index]})
                 with self._changed:
                     self._note(index, samples, found)
                     self._changed.notify_all()
@@ -160,28 +163,33 @@ class Batch:
             raise
 
     def _next(self) -> tuple[int, list[_Samples]] | None:
-        """The next call: of the last step with enough for a full one, else of the first with any. None when all have their answers."""
+        """The next call: of the last step with enough for a full one, else of the first with any. None when all have their answers.
+
+        Towards the end a full one has no more than leaves each thread as many.
+        """
         with self._changed:
             while self._left and not self._stopped:
-                first = None
-                for index in reversed(range(len(self.steps))):
-                    line, sizes = self._lines[index], self._sizes[index]
-                    if not line.count:
-                        continue
-                    if sizes and line.count >= sizes[0]:
-                        return index, line.take(sizes[0])
-                    first = index
-                if first is not None:
-                    line, sizes = self._lines[first], self._sizes[first]
-                    return first, line.take(next((size for size in sizes if size <= line.count), line.count))
+                waiting = [index for index, line in enumerate(self._lines) if line.count]
+                share = -(-self._left // self._threads)
+                for index in reversed(waiting):
+                    full = self._size(index, share)
+                    if self._lines[index].count >= full:
+                        return index, self._lines[index].take(full)
+                if waiting:
+                    line = self._lines[waiting[0]]
+                    return waiting[0], line.take(self._size(waiting[0], line.count))
                 self._changed.wait()
             return None
+
+    def _size(self, index: int, most: int) -> int:
+        """The largest size of a step's calls up to this one."""
+        return next((size for size in self._sizes[index] if size <= most), most)
 
     def _note(self, index: int, samples: _Samples, found: dict[str, Array]) -> None:
         """Decide on what a call has computed, and let what goes on wait for the next step."""
         step, line = self.steps[index], self._lines[index]
         said = {name: found[name] for name in (step.logits, step.scores) if name}
-        carried = {name: value for name, value in {**samples.values, **found}.items() if name in self._read_from[index + 1]}
+        carried = {name: found[name] if name in found else samples.values[name] for name in self._read_from[index + 1]}
         line.computed.append((_Samples(samples.numbers, carried), said))
         if self.together and sum(len(part.numbers) for part, _ in line.computed) < self._left:
             return
@@ -191,12 +199,13 @@ class Batch:
             numbers = np.concatenate([part.numbers for part, _ in computed])
             said = {name: np.concatenate([told[name] for _, told in computed]) for name in said}
         goes_on = self.decide(index, numbers, said)
-        self._left -= len(numbers) - int(np.count_nonzero(goes_on))
         start = 0
         for part, _ in computed:
             stop = start + len(part.numbers)
-            if goes_on[start:stop].any():
-                self._lines[index + 1].add(part.chosen(goes_on[start:stop]))
+            rows = np.flatnonzero(goes_on[start:stop])
+            self._left -= len(part.numbers) - len(rows)
+            if len(rows):
+                self._lines[index + 1].add(part.rows(rows))
             start = stop
 
 

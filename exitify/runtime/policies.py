@@ -20,6 +20,8 @@ from exitify.plan import SCORES
 
 Floats = NDArray[np.float64]
 Array = NDArray[Any]
+LOOKING_BACK: frozenset[Policy] = frozenset({"patience", "jei"})
+"""Policies whose score depends on what the exits before said."""
 NEVER = -math.inf
 """The score of an exit that is not sure at all: no threshold is below it."""
 

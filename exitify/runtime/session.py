@@ -22,7 +22,7 @@ from exitify.runtime.batches import Batch, Helpers
 from exitify.runtime.deadlines import FIRST_PASSES, StretchTimes
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import ALIGNMENT, Array, Bound, Engine, Runner, aligned
-from exitify.runtime.policies import BEFORE, History, score, scorer
+from exitify.runtime.policies import BEFORE, LOOKING_BACK, History, score, scorer
 from exitify.runtime.quotas import geometric_quotas
 from exitify.runtime.steps import Rule, Setup, Step
 from exitify.targets.board import conditions
@@ -361,10 +361,11 @@ class Session:
             step = setup.steps[index]
             logits, stays = said[step.logits], np.zeros(len(numbers), bool)
             if not step.is_last:
-                before = history.rows(numbers)
+                before = history.rows(numbers) if policy in LOOKING_BACK else history
                 labels = logits.argmax(axis=1) if policy == "patience" else before.labels
                 sureness, after = score(policy, said[step.scores], labels, step.gate, before)
-                history.put(numbers, after)
+                if after is not before:
+                    history.put(numbers, after)
                 stays = sureness < step.threshold if quotas is None else ~_surest(sureness, quotas[index])
             for i in np.flatnonzero(~stays):
                 answers[numbers[i]] = self._answer(step, logits[i].copy(), started)

@@ -51,10 +51,10 @@ def test_a_batch_runs_in_the_largest_parts_there_are(monkeypatch: pytest.MonkeyP
     engine = make_engine("tvm", in_batches("plain"), 1)
     (whole,) = engine.artifact.plan.stretches(())
     run, asked = engine.prepare(whole), []
-    real = tvm_engine.TvmEngine.function
-    monkeypatch.setattr(tvm_engine.TvmEngine, "function", lambda self, name, *rest: asked.append((name, rest[-1])) or real(self, name, *rest))
+    real = tvm_engine._Runner._computed
+    monkeypatch.setattr(tvm_engine._Runner, "_computed", lambda self, values, batch: asked.append(batch) or real(self, values, batch))
     run({engine.artifact.plan.input: inputs(13)})
-    assert [batch for name, batch in asked if name == whole.segments[0]] == [5, 5, 2, 1]
+    assert asked == [5, 5, 2, 1]
 
 
 def test_skip_paths_may_be_left_out_in_batches() -> None:

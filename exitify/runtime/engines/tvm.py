@@ -182,6 +182,14 @@ _Function = Callable[[Sequence[Any]], Sequence[Any]]
 """A segment: inputs and parameters to outputs, all of them tensors."""
 
 
+_Call = tuple[_Function, tuple[str, ...], tuple[str, ...]]
+"""A segment's function, the names of what it reads, and of what it writes."""
+
+
+def _call(engine: TvmEngine, segment: Segment, skipped: Collection[str], batch: int = 1) -> _Call:
+    return engine.function(segment.name, skipped, batch), (*segment.inputs, *segment.parameters), segment.outputs
+
+
 class _Binding(Bound):
     """Tensors by value; a run overwrites them with what it computes."""
 
@@ -192,13 +200,7 @@ class _Binding(Bound):
         self.input = aligned((1, *value.shape), value.dtype)
         self.values: dict[str, Any] = {name: engine.device.place(array) for name, array in {plan.input: self.input, **parameters}.items()}
         self._given = self.values[plan.input]
-        self.steps = [
-            [
-                (engine.function(segment.name, stretch.skipped), (*segment.inputs, *segment.parameters), segment.outputs)
-                for segment in (plan.segment(name) for name in stretch.segments)
-            ]
-            for stretch in stretches
-        ]
+        self.steps = [[_call(engine, plan.segment(name), stretch.skipped) for name in stretch.segments] for stretch in stretches]
 
     def set_input(self, x: Array) -> None:
         self.engine.use_threads()
@@ -232,8 +234,8 @@ class _Runner(Runner):
         self.segments = [engine.artifact.plan.segment(name) for name in stretch.segments]
         self.batches = engine.batches(stretch)
         self._placed: dict[str, tuple[Array, Any]] = {}
-        for name in stretch.segments:
-            engine.function(name, stretch.skipped)
+        self._own = threading.local()
+        self._calls(1)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.engine.use_threads()
@@ -245,8 +247,8 @@ class _Runner(Runner):
         start = 0
         while start < count:
             batch = next(size for size in self.batches if size <= count - start)
-            values = {**parameters, **{name: device.place(array[start : start + batch]) for name, array in given.items()}}
-            found = self._computed(values, batch)
+            part = given if batch == count else {name: array[start : start + batch] for name, array in given.items()}
+            found = self._computed({**parameters, **{name: device.place(array) for name, array in part.items()}}, batch)
             if batch == count:
                 return found
             for name, array in found.items():
@@ -265,14 +267,21 @@ class _Runner(Runner):
 
     def _computed(self, values: dict[str, Any], batch: int) -> dict[str, Array]:
         """The outputs for as many samples as there are functions for."""
-        engine, skipped = self.engine, self.stretch.skipped
+        calls = self._calls(batch)
         try:
-            for segment in self.segments:
-                function = engine.function(segment.name, skipped, batch)
-                values.update(zip(segment.outputs, function([values[name] for name in (*segment.inputs, *segment.parameters)])))
+            for function, reads, writes in calls:
+                values.update(zip(writes, function([values[name] for name in reads])))
         except Exception as error:
             raise _failed(self.stretch, error) from error
-        return {name: engine.device.read(values[name]) for name in self.stretch.outputs}
+        read = self.engine.device.read
+        return {name: read(values[name]) for name in self.stretch.outputs}
+
+    def _calls(self, batch: int) -> Sequence[_Call]:
+        """The calls of the calling thread for so many samples."""
+        known: dict[int, list[_Call]] = self._own.__dict__.setdefault("calls", {})
+        if batch not in known:
+            known[batch] = [_call(self.engine, segment, self.stretch.skipped, batch) for segment in self.segments]
+        return known[batch]
 
 
 class _Device(Protocol):
