@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,13 @@ from typing import Any
 from tvm import tirx
 from tvm.s_tir import Schedule, Trace
 
+from exitify.errors import first_line
 from exitify.lower.library import AnyMachine, silent_stderr
 from exitify.lower.processors import Machine
 from exitify.lower.schedules import KINDS, convolution, default_schedule, fallback, gpu, windows
 from exitify.lower.tuning.database import Choice, Known, choice_text
+
+log = logging.getLogger(__name__)
 
 WITH_CHOICES = {"convolution": convolution, "windows": windows}
 """Kinds of kernels whose schedules can be chosen, by the name under which a choice stands in the database."""
@@ -104,7 +108,7 @@ def _distance(a: Choice, b: Choice) -> int:
 
 
 def _random_programs(kernel: tirx.PrimFunc, machine: AnyMachine, known: Known, seed: int, rules: str = "") -> Iterator[Choice]:
-    """MetaSchedule's programs for the kernel, each once. rules: By name; those of the target otherwise."""
+    """MetaSchedule's programs for the kernel, each once; none where its rules fail on it. rules: By name; those of the target otherwise."""
     with _quick_inspection():
         import tvm.s_tir.tensor_intrin  # what takes so long; a TuneContext imports it
         from tvm.s_tir import meta_schedule
@@ -120,7 +124,12 @@ def _random_programs(kernel: tirx.PrimFunc, machine: AnyMachine, known: Known, s
             rand_state=seed + 1,
             num_threads=1,
         )
-        context.pre_tuning(max_trials=10_000, num_trials_per_iter=1, design_spaces=context.generate_design_space())
+        try:
+            spaces = context.generate_design_space()
+        except Exception as error:  # a rule that takes for granted what this kernel has not, for instance a producer under the same loop
+            log.info("MetaSchedule has no programs for %s: %s", kernel.attrs.get("global_symbol", "a kernel"), first_line(error))
+            return
+        context.pre_tuning(max_trials=10_000, num_trials_per_iter=1, design_spaces=spaces)
     for _ in range(1000):
         found = context.generate_measure_candidates()
         if not found:
