@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
@@ -11,12 +14,37 @@ from exitify.lower.schedules.blocks import child_blocks, extent, in_registers, i
 from exitify.lower.vectors import Vectors
 
 
-def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
+@dataclass(frozen=True)
+class Choice:
+    """How a product with a packed weight is scheduled; the columns of its tile are fixed by that.
+
+    rows: Of a tile. first: Which is walked first for each block of columns or for each tile of rows.
+    """
+
+    rows: int
+    first: Literal["rows", "columns"] = "rows"
+
+
+def choices(func: tirx.PrimFunc, vectors: Vectors) -> list[Choice]:
+    """Every way of scheduling the function that is worth a measurement, the default first; none when it is no product with a packed weight."""
+    sch = Schedule(func)
+    blocks = child_blocks(sch)
+    if "product" not in blocks:
+        return []
+    count, rows, width, _ = (extent(sch, loop) for loop in sch.get_loops(blocks["product"]))
+    default = Choice(int(sch.get(blocks["product"]).annotations[ROWS]))
+    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * -(-width // vectors.lanes) <= vectors.registers - 4]
+    several: tuple[Literal["rows", "columns"], ...] = ("rows", "columns") if count > 1 else ("rows",)
+    found = [Choice(n, first) for first in several for n in fitting if 4 * n >= default.rows and (first == "rows" or n < rows)]
+    return [default, *(choice for choice in found if choice != default)]
+
+
+def schedule(func: tirx.PrimFunc, vectors: Vectors, choice: Choice | None = None) -> Schedule | None:
     """Products in register tiles; dot products a lane at a time."""
     sch = Schedule(func)
     blocks = child_blocks(sch)
     if "product" in blocks:
-        return _packed(sch)
+        return _packed(sch, choice or choices(func, vectors)[0])
     if "products" in blocks:
         return _of_two(sch, vectors)
     if "dot_products" in blocks:
@@ -24,11 +52,10 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     return None
 
 
-def _packed(sch: Schedule) -> Schedule:
+def _packed(sch: Schedule, choice: Choice) -> Schedule:
     blocks = child_blocks(sch)
     epilogue = inline_between(sch, "product")
     product = blocks["product"]
-    tile_rows = int(sch.get(product).annotations[ROWS])
     width = extent(sch, sch.get_loops(product)[2])
     lead = [extent(sch, loop) for loop in sch.get_loops(epilogue)[:-1]]
 
@@ -44,12 +71,13 @@ def _packed(sch: Schedule) -> Schedule:
         sch.transform_layout(product, ("write", 0), lambda o, m, v: (o, m, v))
     row, column = sch.get_loops(epilogue)
     block, lane = sch.split(column, [None, width])
-    strip, row = sch.split(row, [None, tile_rows])
-    sch.reorder(block, strip, row, lane)
-    sch.compute_at(product, strip, preserve_unit_loops=True)
+    strip, row = sch.split(row, [None, choice.rows])
+    walked = [block, strip] if choice.first == "rows" else [strip, block]
+    sch.reorder(*walked, row, lane)
+    sch.compute_at(product, walked[-1], preserve_unit_loops=True)
     *_, rows, lanes, k = sch.get_loops(product)
     sch.reorder(k, rows, lanes)
-    share(sch, [block, strip])
+    share(sch, walked)
     sch.vectorize(lanes)
     sch.unroll(rows)
     sch.vectorize(lane)

@@ -14,16 +14,19 @@ LINE = 16
 """float32 values in a line of a cache."""
 
 
-def product_of_tile(rows: int, columns: int, depth: int, lanes: int) -> str:
+def product_of_tile(rows: int, columns: int, depth: int, lanes: int, *, ahead: int = AHEAD, unrolled: int = 1) -> str:
     """The name of an intrinsic for `tensorize`: `(rows, depth)` times `(depth, columns)` added to `(rows, columns)`.
 
     The loops that it takes the place of go over depth, rows and columns, from outside. The columns are lanes of vectors; the tile is added up
     in registers, and the weights, the second factor, lie in memory in the order in which they are read.
+
+    Args:
+        ahead: See `AHEAD`; 0 asks for nothing. unrolled: How many steps over the depth, which they divide, are written out.
     """
-    name = f"exitify.product_{rows}_{columns}_{depth}_{lanes}"
+    name = f"exitify.product_{rows}_{columns}_{depth}_{lanes}_{ahead}_{unrolled}"
     if TensorIntrin.get(name, allow_missing=True):
         return name
-    line, ahead, vectors, weights = LINE, AHEAD, columns // lanes, columns * depth
+    line, vectors, weights = LINE, columns // lanes, columns * depth if ahead else 0
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def plain(x: T.handle, w: T.handle, y: T.handle) -> None:
@@ -50,11 +53,14 @@ def product_of_tile(rows: int, columns: int, depth: int, lanes: int) -> str:
             T.writes(sums[0:rows, 0:columns])
             for i in range((weights + line - 1) // line):
                 T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(right[0, i * line + ahead]), T.int32(0), T.int32(3), T.int32(1)))
-            for k in range(depth):
-                for i in T.unroll(rows):
-                    for j in T.unroll(vectors):
-                        for v in T.vectorized(lanes):
-                            sums[i, j * lanes + v] = sums[i, j * lanes + v] + left[i, k] * right[k, j * lanes + v]
+            for outer in range(depth // unrolled):
+                for inner in T.unroll(unrolled):
+                    for i in T.unroll(rows):
+                        for j in T.unroll(vectors):
+                            for v in T.vectorized(lanes):
+                                sums[i, j * lanes + v] = (
+                                    sums[i, j * lanes + v] + left[i, outer * unrolled + inner] * right[outer * unrolled + inner, j * lanes + v]
+                                )
 
     TensorIntrin.register(name, plain, in_registers)
     return name

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from exitify.lower.schedules.blocks import child_blocks, extent, in_registers, inline_between, share
-from exitify.lower.schedules.tiles import LINE, product_of_tile
+from exitify.lower.schedules.tiles import AHEAD, LINE, product_of_tile
 from exitify.lower.vectors import Vectors
 from exitify.lower.winograd import STRIPS
 
 
-def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
+@dataclass(frozen=True)
+class Choice:
+    """How Winograd convolution is scheduled; its tiles and strips are fixed by its packed weight. ahead, unrolled: See `product_of_tile`."""
+
+    ahead: int = AHEAD
+    unrolled: int = 1
+
+
+def choices(func: tirx.PrimFunc, vectors: Vectors) -> list[Choice]:
+    """Every way of scheduling the function that is worth a measurement, the default first; none when it is no Winograd convolution."""
+    if "winograd" not in child_blocks(Schedule(func)):
+        return []
+    steps = [n for n in (1, 2, 4) if vectors.lanes % n == 0]
+    found = [Choice(*one) for one in itertools.product((0, AHEAD // 4, AHEAD, 4 * AHEAD), steps)]
+    return [Choice(), *(choice for choice in found if choice != Choice())]
+
+
+def schedule(func: tirx.PrimFunc, vectors: Vectors, choice: Choice | None = None) -> Schedule | None:
     """A strip of tiles at a time, from the image to the result."""
     sch = Schedule(func)
     blocks = child_blocks(sch)
     if "winograd" not in blocks:
         return None
+    choice = choice or Choice()
     pixels, rows, columns, product = (blocks[name] for name in ("image_pixels", "image_rows", "image_columns", "winograd"))
     halves, sums = blocks["output_rows"], blocks["output_columns"]
     epilogue = inline_between(sch, "output_columns")
@@ -62,7 +83,7 @@ def schedule(func: tirx.PrimFunc, vectors: Vectors) -> Schedule | None:
     begin = sch.decompose_reduction(product, channel_block)
     *_, t, w = sch.get_loops(begin)
     in_registers(sch, t, w, vectors.lanes)
-    sch.tensorize(channel, product_of_tile(tiles, filters, channels, vectors.lanes))
+    sch.tensorize(channel, product_of_tile(tiles, filters, channels, vectors.lanes, ahead=choice.ahead, unrolled=choice.unrolled))
     return sch
 
 

@@ -17,12 +17,12 @@ from tvm.s_tir import Schedule, Trace
 from exitify.errors import first_line
 from exitify.lower.library import AnyMachine, silent_stderr
 from exitify.lower.processors import Machine
-from exitify.lower.schedules import KINDS, convolution, default_schedule, fallback, gpu, windows
+from exitify.lower.schedules import KINDS, convolution, default_schedule, fallback, gpu, product, windows, winograd
 from exitify.lower.tuning.database import Choice, Known, choice_text
 
 log = logging.getLogger(__name__)
 
-WITH_CHOICES = {"convolution": convolution, "windows": windows}
+WITH_CHOICES = {"convolution": convolution, "winograd": winograd, "windows": windows, "product": product}
 """Kinds of kernels whose schedules can be chosen, by the name under which a choice stands in the database."""
 
 

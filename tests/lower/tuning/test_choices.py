@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from tvm import relax
+from tvm import relax, tirx
 
 from exitify.lower import library
+from exitify.lower.library import Kernels
+from exitify.lower.processors import Machine
 from exitify.lower.schedules import windows
 from exitify.lower.tuning import space
 from exitify.lower.tuning.database import Known, choice_text
@@ -90,18 +93,63 @@ def test_each_choice_is_tried_once_and_ends():
     assert len(found) == len(set(found)) == len(space.own_choices(kernel, HERE))
 
 
-def test_what_is_packed_for_our_schedules_is_not_handed_to_metaschedule():
-    """A product and a Winograd convolution leave nothing to choose: the default alone."""
+def packed() -> tuple[list[Array], Callable[..., list[relax.Expr]]]:
+    """Inputs, and what writes a product and a Winograd convolution of them."""
     draw = np.random.default_rng(0).standard_normal
-    x, image = draw((5, 48)).astype(np.float32), draw((1, 64, 24, 24)).astype(np.float32)
-    product, kernel = draw((48, 40)).astype(np.float32), draw((64, 64, 3, 3)).astype(np.float32)
+    x, image = draw((12, 48)).astype(np.float32), draw((1, 64, 24, 24)).astype(np.float32)
+    product, kernel = draw((48, 80)).astype(np.float32), draw((64, 64, 3, 3)).astype(np.float32)
 
     def write(emit, x, image):
-        return [emit(relax.op.matmul(x, relax.const(product))), emit(relax.op.nn.conv2d(image, relax.const(kernel), padding=1))]
+        convolved = emit(relax.op.nn.conv2d(image, relax.const(kernel), padding=1))
+        return [emit(relax.op.nn.relu(emit(relax.op.matmul(x, relax.const(product))))), emit(relax.op.nn.relu(convolved))]
 
-    kernels = lowered(module_of([x, image], write)).kernels
-    packed = {name: one for name, one in kernels.items() if {"product", "winograd"} & set(stages(one))}
-    assert len(packed) == 2
-    for one in packed.values():
-        tried = list(space.candidates(one, HERE, Known(), 0))
-        assert tried == [None, *space.own_choices(one, HERE)[1:]]
+    return [x, image], write
+
+
+def packed_kernels(machine: Machine) -> tuple[Kernels, dict[str, tirx.PrimFunc]]:
+    """All kernels of the two, and those that read what was packed."""
+    inputs, write = packed()
+    kernels = lowered(module_of(inputs, write), machine)
+    found = {name: one for name, one in kernels.kernels.items() if {"product", "winograd"} & set(stages(one))}
+    assert len(found) == 2
+    return kernels, found
+
+
+def test_what_is_packed_for_our_schedules_is_not_handed_to_metaschedule():
+    for one in packed_kernels(HERE)[1].values():
+        known, tried = Known(), []
+        for choice in space.candidates(one, HERE, known, 0):
+            tried.append(choice)
+            known.seconds[choice_text(choice)] = 1.0
+        ours = space.own_choices(one, HERE)
+        assert tried[0] is None
+        assert sorted(map(choice_text, tried[1:])) == sorted(map(choice_text, ours[1:]))
+        assert len(ours) > 3, ours
+
+
+@pytest.mark.parametrize("vectors", UNITS, ids=str)
+def test_every_choice_for_products_and_winograd_computes_the_same_bits(vectors, seed):
+    machine, draw, inputs = machine_with(vectors), random.Random(seed), packed()[0]
+    kernels, found = packed_kernels(machine)
+    default = library.scheduled_by_default(kernels, machine)
+    expected = run(kernels, inputs, machine)
+    for _ in range(5):
+        chosen = {name: draw.choice(space.own_choices(one, machine)) for name, one in found.items()}
+        scheduled = {name: space.apply(found[name], json.loads(choice_text(choice)), machine) for name, choice in chosen.items()}
+        for array, known in zip(run(kernels, inputs, machine, {**default, **scheduled}), expected):
+            np.testing.assert_array_equal(array, known, err_msg=str(chosen))
+
+
+def test_a_kernel_on_which_metaschedules_rules_fail_has_the_default_alone(monkeypatch, caplog):
+    from tvm.s_tir import meta_schedule
+
+    def fails(self):
+        raise RuntimeError("no such producer\nand a long text")
+
+    monkeypatch.setattr(meta_schedule.TuneContext, "generate_design_space", fails)
+    kernels = lowered(module_of([np.ones((3, 8, 5), np.float32)], lambda emit, x: [emit(relax.op.exp(x))]))
+    (kernel,) = kernels.kernels.values()
+    with caplog.at_level("INFO"):
+        assert list(space.candidates(kernel, HERE, Known({choice_text(None): 1.0}), 0)) == []
+    assert "no such producer" in caplog.text
+    assert "long text" not in caplog.text
