@@ -5,7 +5,8 @@
     python -m benchmarks.batches r56.exitify CIFAR#test
 
 Samples leave at exits, and those that are left go on together. The whole network is the same library by the same runtime with no exit, in
-batches as large, in turn with it. A cost is counted in multiply-adds, and in the time that segments take one by one; heads that were tried count.
+batches as large, in turn with it. A cost is counted in multiply-adds, and in the time that segments take one by one, on as many threads
+as share a sample; heads that were tried count.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
     for threads in options.threads:
         session = Session(artifact, engine=options.engine, profile=profile, threads=threads)
         whole = Session(artifact, engine=options.engine, profile="none", threads=threads)
-        times = measure_segments(artifact, engine=options.engine, threads=threads)
+        times = measure_segments(artifact, engine=options.engine, threads=1 if session.engine.shares_samples else threads)
         ms = run_times(plan, times, enabled, plan.mask(artifact.profiles[profile].skip))
         for batch in options.batch:
             parts = [x[start : start + batch] for start in range(0, len(x), batch)]
