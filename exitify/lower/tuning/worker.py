@@ -25,8 +25,10 @@ from exitify.runtime.engines.cuda import NoGpu
 
 CPU_DEVICE, RPC_DEVICE = 1, 128
 """DLPack's number of a processor, and what TVM adds to a device's number behind RPC, for each hop."""
-BEYOND_THE_CACHE = 4 * 2**20
-"""Bytes of weights that are read before the same ones come again."""
+CACHE, LARGEST = 32 << 20, 64 << 20
+"""Bytes of the last cache where the system does not say, and the most that are believed: servers have caches that many machines share."""
+MOST = 256
+"""Sets of weights that a kernel is timed with, where small ones would not fill the cache."""
 
 
 def main() -> None:
@@ -146,13 +148,20 @@ def _argument_sets(looks: list[tuple[tuple[int, ...], str]]) -> list[list[Any]]:
     """Arguments for one call after the other: the same input and output, and weights that change.
 
     In a network a kernel's input has just been written, and its weights have not been read since the last picture: with
-    weights that stay in the cache, schedules that read them twice look better than they are.
+    weights that stay in a cache, be it the last one, schedules that read them twice, or ask for nothing ahead, look better than they are.
     """
     first, *middle, last = [_random(*look) for look in looks]
     weights = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in looks[1:-1])
-    copies = min(32, BEYOND_THE_CACHE // max(weights, 1) + 1)
-    others = [[_random(*look) for look in looks[1:-1]] for _ in range(copies - 1)]
-    return [[first, *given, last] for given in (middle, *others)]
+    copies = min(MOST, 2 * last_cache() // max(weights, 1) + 1)
+    return [[first, *given, last] for given in (middle, *([_copy(tensor) for tensor in middle] for _ in range(copies - 1)))]
+
+
+@functools.lru_cache(maxsize=1)
+def last_cache(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the processor's last cache, as far as they are believed."""
+    sizes = [path.read_text().strip() for path in caches.glob("index*/size")]
+    known = [int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes if size[:-1].isdigit() and size[-1] in "KM"]
+    return min(max(known, default=CACHE), LARGEST)
 
 
 def _random(shape: tuple[int, ...], dtype: str) -> Any:
@@ -161,6 +170,14 @@ def _random(shape: tuple[int, ...], dtype: str) -> Any:
     tensor = tvm.runtime.empty(shape, dtype)
     np.from_dlpack(tensor)[...] = np.random.default_rng(0).uniform(0.5, 1.5, shape).astype(dtype)
     return tensor
+
+
+def _copy(tensor: Any) -> Any:
+    import tvm
+
+    copy = tvm.runtime.empty(tensor.shape, tensor.dtype)
+    np.from_dlpack(copy)[...] = np.from_dlpack(tensor)
+    return copy
 
 
 if __name__ == "__main__":

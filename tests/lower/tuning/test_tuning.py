@@ -23,7 +23,7 @@ from exitify.errors import ExitifyError
 from exitify.lower.library import Kernels, lower_segments
 from exitify.lower.pipeline import compile_artifact
 from exitify.lower.processors import Machine, machine_of
-from exitify.lower.tuning import space
+from exitify.lower.tuning import space, worker
 from exitify.lower.tuning.database import BrokenRecord, Database, choice_text
 from exitify.lower.tuning.measure import LocalRunner, NotMeasured, RpcRunner, Runner, parse_rpc
 from exitify.lower.tuning.search import tune, unheard
@@ -244,6 +244,36 @@ def test_a_worker_times_kernels_and_survives_a_bad_one(tmp_path: Path):
         assert runner.seconds([good], 3)[0] > 0
     finally:
         runner.close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"0": "32K", "1": "32K", "2": "1024K", "3": "32768K"}, 32 << 20),
+        ({"0": "64K"}, 64 << 10),
+        ({"3": "480M"}, 64 << 20),
+        ({"0": "much"}, 32 << 20),
+        ({}, 32 << 20),
+    ],
+    ids=["a desktop's", "one alone", "a server's", "unreadable", "unknown"],
+)
+def test_the_last_cache_is_what_the_system_says_within_reason(sizes: dict[str, str], expected: int, tmp_path: Path):
+    for index, size in sizes.items():
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert worker.last_cache.__wrapped__(tmp_path) == expected
+
+
+def test_a_kernel_is_timed_with_weights_that_no_cache_holds(monkeypatch):
+    monkeypatch.setattr(worker, "last_cache", lambda: 1 << 20)
+    sets = worker._argument_sets([((1, 8), "float32"), ((64, 1024), "float32"), ((3,), "float32"), ((1, 64), "float32")])
+    assert 8 <= len(sets) <= 9  # 256 KiB of weights each, twice the cache
+    assert len({(id(first), id(last)) for first, *_, last in sets}) == 1
+    assert len({np.from_dlpack(weight).ctypes.data for _, weight, _, _ in sets}) == len(sets)
+    for _, weight, bias, _ in sets[1:]:
+        np.testing.assert_array_equal(np.from_dlpack(weight), np.from_dlpack(sets[0][1]))
+        np.testing.assert_array_equal(np.from_dlpack(bias), np.from_dlpack(sets[0][2]))
+    assert len(worker._argument_sets([((8,), "float32"), ((1,), "float32"), ((8,), "float32")])) == worker.MOST
 
 
 def test_a_worker_that_is_late_is_replaced():
