@@ -19,8 +19,8 @@ from exitify.runtime.engines.base import Array, Engine, aligned
 from exitify.runtime.steps import Step
 
 Decide = Callable[[int, Array, Mapping[str, Array]], Array]
-"""Of a step's number, the samples' numbers in the batch `(n,)` in ascending order, and the step's logits and scores by name `(n, …)`: which of
-them go on, a mask. It keeps the answers of the others."""
+"""Of a step's number, the samples' numbers in the batch `(n,)`, ascending where it is asked about all at once, and the step's logits and scores by
+name `(n, …)`: which of them go on, a mask. It keeps the answers of the others."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,9 @@ class Batch:
             with self._changed:
                 self._stopped = True
                 self._changed.notify_all()
-            wait(futures)
-        for future in futures:
+            begun = [future for future in futures if not future.cancel()]  # others wait for threads that help with another batch
+            wait(begun)
+        for future in begun:
             future.result()
 
     def _work(self) -> None:
