@@ -20,6 +20,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from exitify.lower import windows, winograd
 from exitify.lower.convolution import Shape, channels_together, pack_weight, packed_convolution
 from exitify.lower.expressions import OPAQUE, OUT_ELEMENTWISE_FUSABLE, is_known, operator_of
+from exitify.lower.resizing import resized
 from exitify.lower.vectors import Vectors
 from exitify.runtime.engines.blocks import in_blocks
 
@@ -113,6 +114,7 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
             "relax.nn.max_pool2d": self._pool,
             "relax.nn.avg_pool2d": self._pool,
             "relax.nn.adaptive_avg_pool2d": self._adaptive_pool,
+            "relax.image.resize2d": self._resize,
             "relax.mean": self._mean,
             "relax.concat": self._concat,
             "relax.permute_dims": self._from_channels_last,
@@ -301,6 +303,13 @@ class _Blocks(PyExprMutator):  # type: ignore[misc]
         if not self._is_blocked(data) or attributes.layout != "NCHW" or [int(size) for size in list(call.ty.shape)[2:]] != [1, 1]:
             return None
         return self._call(windows.channel_means, self._blocks_of(data), name="channel_means", pattern=OPAQUE)
+
+    def _resize(self, call: relax.Call) -> relax.Expr | None:
+        (data, size), attributes = call.args, call.attrs
+        if not self._is_blocked(data) or attributes.layout != "NCHW":
+            return None
+        height, width = (int(length) for length in size)
+        return self._call(lambda image: resized(image, (height, width), attributes), self._blocks_of(data), name="resize", pattern=OPAQUE)
 
     def _mean(self, call: relax.Call) -> relax.Expr | None:
         (data,), attributes = call.args, call.attrs

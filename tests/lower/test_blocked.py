@@ -77,6 +77,33 @@ def test_pooling_is_torchs(vectors):
     check(module_of([x], write), [x], expected, vectors, kinds=["window"])
 
 
+RESIZES = {
+    "nearest_neighbor": ("asymmetric", {"mode": "nearest"}),
+    "linear": ("half_pixel", {"mode": "bilinear", "align_corners": False}),
+    "linear, corners": ("align_corners", {"mode": "bilinear", "align_corners": True}),
+}
+
+
+@pytest.mark.parametrize("vectors", UNITS, ids=str)
+@pytest.mark.parametrize("way", RESIZES)
+def test_maps_are_resized_in_blocks(way, vectors):
+    x, pointwise, sizes = image(5, 7, 9, batch=2), Pointwise(5, 21), [(14, 18), (3, 4), (7, 20)]
+    mode, options = RESIZES[way]
+
+    def write(emit, x):
+        y = pointwise.relax(emit, x)
+        for size in sizes:
+            rounded = "floor" if way == "nearest_neighbor" else ""
+            yield emit(relax.op.image.resize2d(y, size, None, "NCHW", way.split(",")[0], mode, rounded))
+
+    y = pointwise.torch(x)
+    module = module_of([x], write)
+    check(module, [x], [functional.interpolate(y, size, **options) for size in sizes], vectors, kinds=["resize"])
+    resized = [kernel for kernel in lowered(module, machine_with(vectors)).kernels.values() if "resize" in stages(kernel)]
+    assert len(resized) == len(sizes)
+    assert all(len(kernel.params[0].shape) == 5 for kernel in resized)
+
+
 @pytest.mark.parametrize("vectors", UNITS, ids=str)
 def test_pools_that_round_up_are_right_too(vectors):
     x, first = image(3, 6, 8), Pointwise(3, 7)
