@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import tvm
 from tvm import relax
 
@@ -97,6 +98,28 @@ class Means:
             np.testing.assert_allclose(array, known, rtol=1e-5, atol=1e-5)
 
 
+class Resizes:
+    """Enlarged and reduced."""
+
+    SIZES = ((14, 18), (3, 4))
+
+    def __init__(self) -> None:
+        self.inputs = [np.random.default_rng(0).standard_normal((1, 21, 7, 9)).astype(np.float32)]
+        self.module = module_of(self.inputs, self._write)
+
+    def _write(self, emit, x):
+        blocked = emit(relax.op.nn.conv2d(x, relax.const(np.ones((21, 1, 1, 1), np.float32)), 1, 0, 1, 21))
+        for size in self.SIZES:
+            yield emit(relax.op.image.resize2d(blocked, size, None, "NCHW", "nearest_neighbor", "asymmetric", "floor"))
+            yield emit(relax.op.image.resize2d(blocked, size, None, "NCHW", "linear", "half_pixel", ""))
+
+    def check(self, found: Sequence[Array]) -> None:
+        x = torch.from_numpy(self.inputs[0])
+        expected = [torch.nn.functional.interpolate(x, size, mode=mode).numpy() for size in self.SIZES for mode in ("nearest", "bilinear")]
+        for array, known in zip(found, expected, strict=True):
+            np.testing.assert_allclose(array, known, rtol=1e-5, atol=1e-5)
+
+
 GROUPED = [
     test_convolution.Case(24, 36, 7, 9, (3, 3), padding=(1, 1, 1, 1), groups=6, bias=True, relu=True),
     test_convolution.Case(32, 64, 8, 5, (1, 1), groups=4, residual=True),
@@ -112,6 +135,7 @@ GRID = {
     "normalization": (lambda: test_normalization.Rows(test_normalization.SHAPES), "normalized"),
     "product": (lambda: test_products.Products(test_products.KNOWN, is_known=True), "product"),
     "product_of_arguments": (lambda: test_products.Products(test_products.ROWS, is_known=False), "dot_products"),
+    "resizes": (Resizes, "resize"),
     "windows": (Windows, "window"),
     "winograd": (lambda: test_winograd.Network(test_winograd.drawn(24, 0), MACHINE.vectors), "winograd"),
 }
