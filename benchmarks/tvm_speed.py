@@ -47,7 +47,7 @@ def main() -> None:
         x = np.random.default_rng(0).standard_normal((1, *artifact.manifest.input.shape)).astype(np.float32)
         ratios: dict[str, list[float]] = defaultdict(list)
         for _ in range(options.loads):
-            runs = {(name, threads): one_graph(made, threads, engine) for name, (made, engine) in contenders.items() for threads in (2, 1)}
+            runs = {(name, threads): one_graph(made, threads, engine) for name, (made, engine) in contenders.items() for threads in (1, 2)}
             times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
             ends = time.perf_counter() + options.seconds
             while time.perf_counter() < ends:

@@ -107,10 +107,9 @@ class Batch:
             decide: See there; called by one thread at a time.
             together: Whether it is asked about all samples that reach a step at once, in place of those of each call.
         """
-        self.engine, self.steps, self.decide, self.together = engine, steps, decide, together
+        self.engine, self.steps, self.parameters, self.decide, self.together = engine, steps, parameters, decide, together
         self._sizes = [engine.batches(step.stretch) for step in steps]
         self._lines = [_Line() for _ in steps]
-        self._parameters = [{name: parameters[name] for name in step.stretch.parameters} for step in steps]
         made = {name: index for index, step in enumerate(steps) for name in step.stretch.outputs}
         self._read_from = [
             {name for later in steps[index:] for name in later.stretch.inputs if made.get(name, -1) < index} for index in range(len(steps) + 1)
@@ -151,9 +150,8 @@ class Batch:
         try:
             while (taken := self._next()) is not None:
                 index, parts = taken
-                samples, step = _joined(parts), self.steps[index]
-                given = {name: samples.values[name] for name in step.stretch.inputs}
-                found = step.runner({**given, **self._parameters[index]})
+                samples = _joined(parts)
+                found = self.steps[index].run(samples.values, self.parameters)
                 with self._changed:
                     self._note(index, samples, found)
                     self._changed.notify_all()

@@ -366,7 +366,7 @@ class Session:
                 sureness, after = score(policy, said[step.scores], labels, step.gate, before)
                 if after is not before:
                     history.put(numbers, after)
-                stays = sureness < step.threshold if quotas is None else ~_surest(sureness, quotas[index])
+                stays = ~(sureness >= step.threshold) if quotas is None else ~_surest(sureness, quotas[index])
             for i in np.flatnonzero(~stays):
                 answers[numbers[i]] = self._answer(step, logits[i].copy(), started)
             return stays
@@ -382,7 +382,7 @@ class Session:
         parameters = self._parameters(setup, self.version)
         logits, features = {}, {}
         for step in setup.steps:
-            values.update(self._call(step, values, parameters))
+            values.update(step.run(values, parameters))
             logits[step.stretch.exit] = values[step.logits]
         for point in self.artifact.plan.exits:
             features[point.name] = values[point.features]
@@ -532,11 +532,6 @@ class Session:
             return setup.parameters
         own = version.of_profile.get(setup.rule.profile, {})
         return {name: own.get(name, version.tensors.get(name, array)) for name, array in setup.parameters.items()}
-
-    def _call(self, step: Step, values: dict[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
-        given = {name: values[name] for name in step.stretch.inputs}
-        given.update({name: parameters[name] for name in step.stretch.parameters})
-        return step.runner(given)
 
     def _bound(self, setup: Setup, version: ExitsVersion) -> Bound:
         """This thread's buffers for this setup, its heads as this version has them."""

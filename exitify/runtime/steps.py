@@ -49,6 +49,11 @@ class Step:
     macs: int
     times: StretchTimes
 
+    def run(self, values: Mapping[str, Array], parameters: Mapping[str, Array]) -> dict[str, Array]:
+        """The stretch's outputs, of values and parameters among which are its own."""
+        given = {name: values[name] for name in self.stretch.inputs}
+        return self.runner({**given, **{name: parameters[name] for name in self.stretch.parameters}})
+
 
 @dataclass(frozen=True)
 class Setup:

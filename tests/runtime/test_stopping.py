@@ -20,6 +20,7 @@ from exitify.runtime.answers import Answer
 from exitify.runtime.engines import onnxruntime as onnxruntime_engine
 from exitify.runtime.policies import from_logits, softmax
 from exitify.runtime.session import Session
+from exitify.runtime.steps import Step
 from tests.artifacts import exported, inputs, profile_for
 from tests.runtime.stopping import NAMES, four_exits, profile_of, recorded, session_of, stops, sureness_of
 from tests.skipping import pictures, skipping
@@ -332,7 +333,7 @@ def test_a_budget_that_all_can_spend_lets_all_run_to_the_end():
 
 def test_a_budget_below_the_first_exit_is_refused_with_the_least_before_anything_runs(monkeypatch):
     session = session_of()
-    monkeypatch.setattr(Session, "_call", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(Step, "run", lambda *_: pytest.fail("it ran"))
     least = costs(NAMES)[0]
     for budget in (0.0, least * 0.99, -1.0, math.nan):
         with pytest.raises(DataError, match=rf"the first exit takes {least:.4g}\n  hint: give 0\.\d+ or more") as raised:
@@ -347,6 +348,13 @@ def test_rows_whose_scores_are_no_numbers_are_the_least_sure():
     chosen = session_module._surest(np.array([np.nan, 0.5, 0.9, 0.5]), 2)
     assert chosen.tolist() == [False, True, True, False]
     assert session_module._surest(np.array([np.nan, -np.inf]), 1).tolist() == [False, True]
+
+
+def test_a_sample_whose_score_is_no_number_goes_on(monkeypatch):
+    session = session_of(profile_of("top1", dict.fromkeys(NAMES, 0.0)))
+    assert {answer.exit for answer in session.run_batch(inputs(4))} == {NAMES[0]}
+    monkeypatch.setattr(session_module, "score", lambda policy, scores, *rest: (np.full(len(scores), np.nan), rest[-1]))
+    assert {answer.exit for answer in session.run_batch(inputs(4))} == {FINAL}
 
 
 def test_a_batch_within_a_budget_refuses_what_any_batch_does():
