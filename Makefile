@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check clean help
+.PHONY: demo test check docs clean help
 
 help:  ## this list
 	@awk -F':.*##' '/^[a-z]+:.*##/ {printf "  make %-8s%s\n", $$1, $$2}' Makefile
@@ -20,6 +20,9 @@ check: $(VENV)/dev-ready  ## format, lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/dev-ready  ## the pages of docs/ as HTML, in build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees -c docs . build/docs
 
 clean:  ## remove the virtual environment
 	rm -rf $(VENV)

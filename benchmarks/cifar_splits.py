@@ -49,10 +49,12 @@ def main() -> None:
         rows.append((drop, cost.mean(), on.sum(), settings.promise.mean_macs_share))
         exits = exit_settings(plan, settings.thresholds, settings.temperatures)
         profile = Profile(artifact.manifest.model_id, "top1", exits, float(settings.temperatures[-1]), "", settings.promise, "onnxruntime", "")
-        report = bench(artifact.with_profile("split", profile), samples.subset(judged), profile="split", most=options.timed, seed=seed)
-        baseline.append(report.timings[0])
-        times.append(report.timings[1])
-        ratio = report.timings[1].mean_ms / report.timings[0].mean_ms
+        report = bench(
+            artifact.with_profile("split", profile), samples.subset(judged), profile="split", most=options.timed, rounds=1, memory=False, seed=seed
+        )
+        baseline.append(report.baseline)
+        times.append(report.artifact)
+        ratio = report.artifact.mean_ms / report.baseline.mean_ms
         print(f"split {seed:2d}: drop {drop * 100:+.2f} points, MACs {cost.mean():.3f}, wall-clock {ratio:.3f}, {on.sum()} exits on", flush=True)
     table = np.array(rows)
     error = table[:, 0].std(ddof=1) / np.sqrt(len(table))

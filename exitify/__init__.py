@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from exitify.plan import Plan as Plan
     from exitify.program import ExitOutputs as ExitOutputs
     from exitify.program import Program as Program
+    from exitify.report.report import Report as Report
+    from exitify.report.report import inspect as inspect
     from exitify.runtime.answers import Answer as Answer
     from exitify.runtime.session import Session as Session
     from exitify.tracing import capture as capture
@@ -48,6 +50,7 @@ _HOME = {
     "LearningSession": "exitify.adapt.session",
     "Plan": "exitify.plan",
     "Program": "exitify.program",
+    "Report": "exitify.report.report",
     "Session": "exitify.runtime.session",
     "State": "exitify.adapt.state",
     "SkipAwareDistillation": "exitify.train.skip_distillation",
@@ -57,6 +60,7 @@ _HOME = {
     "compile_artifact": "exitify.lower.pipeline",
     "export": "exitify.onnx_export.to_artifact",
     "export_static": "exitify.onnx_export.static",
+    "inspect": "exitify.report.report",
     "load_model": "exitify.models",
     "measure_segments": "exitify.calibration.segment_times",
     "place_by_data": "exitify.placement",

@@ -249,7 +249,7 @@ class Program(nn.Module):
         return self.plan.text()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_functions": {}}
+        return {**self.__dict__, "_functions": {}, "_compiled_call_impl": None}  # what compile() made is bound to this one, and no data
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         duplicate = self.__class__.__new__(self.__class__)

@@ -176,6 +176,7 @@ def in_tree(folder: Path, package: str, pattern: str) -> set[str]:
 
 def test_a_wheel_holds_every_module_of_the_tree_and_nothing_else(wheel: set[str]) -> None:
     expected = in_tree(ROOT / "exitify", "exitify", "*.py") | {"exitify/py.typed", "exitify/artifact/FORMAT.md", "exitify/lower/ranking.json"}
+    expected |= {"exitify/report/page.css", "exitify/report/page.html"}
     expected |= in_tree(ROOT / "passes", "exitify/passes", "*.py")
     expected |= in_tree(ROOT / "targets", "exitify/targets", "*.py") | in_tree(ROOT / "targets", "exitify/targets", "*.toml")
     files = {name for name in wheel if ".dist-info/" not in name}

@@ -103,6 +103,28 @@ def test_a_state_dict_saved_and_loaded_gives_the_same_answers(name):
     assert all(torch.equal(a, b) for a, b in zip(other(x, all_exits=True).logits, program(x, all_exits=True).logits, strict=True))
 
 
+def pickled(program: Program) -> Program:
+    """Written by torch.save and read."""
+    stream = io.BytesIO()
+    torch.save(program, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, pickled], ids=["copied", "pickled"])
+def test_of_a_compiled_program_the_copy_computes_with_its_own_weights(again):
+    program, x = two_exits("identity").eval(), images()
+    expected = program(x)
+    program.compile(backend="eager")  # in place: calls go through what compile() made, which is bound to this program
+    program(x)
+    other = again(program)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    torch.testing.assert_close(program(x), expected)
+    assert not torch.allclose(other(x), expected)
+
+
 def test_a_program_pickled_and_read_gives_the_same_answers():
     program = two_exits("transformer")
     x = images(2)

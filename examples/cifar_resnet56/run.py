@@ -38,7 +38,7 @@ def main() -> None:
     exitify("train", output, "--data", f"{pictures}#train", "--epochs", str(options.epochs))
     exitify("calibrate", output, "--data", str(calibrate), "--max-drop", "0.005")
     exitify("calibrate", output, "--data", str(calibrate), "--risk", "0.02@0.95", "--profile", "careful")
-    exitify("inspect", output)
+    exitify("inspect", output, "--html", str(options.output.with_suffix(".html")), "--data", str(judge))
     exitify("bench", output, "--data", str(judge))
 
 

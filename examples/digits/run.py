@@ -81,7 +81,7 @@ def main() -> None:
 
 def show(report: BenchReport, output: Path) -> None:
     """The one table: the same network, without and with exits."""
-    before, after = report.timings
+    before, after = report.baseline, report.artifact
     table = Table(title=f"\n{report.samples} digits that nothing has seen, one at a time, one thread", title_justify="left")
     for column in ("", "without exits", "with exits"):
         table.add_column(column, justify="left" if not column else "right")

@@ -1,1 +1,1 @@
-"""The same training in three loops: PyTorch's own, accelerate's, Lightning's."""
+"""The same training in loops that users have: PyTorch's own in four ways, accelerate's, the Trainer's, Lightning's."""

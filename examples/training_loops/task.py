@@ -1,4 +1,4 @@
-"""What the three loops share: handwritten digits, and how good each exit is."""
+"""What the loops share: handwritten digits, and how good each exit is."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ EXITS = "stage1:conv,stage2:conv"
 EXAMPLE = torch.zeros(1, 1, 16, 16)
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of which one is `--epochs`."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--epochs", type=int, default=6)
+    return arguments
+
+
 def epochs(description: str | None) -> int:
     """What `--epochs` says."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6)
-    return int(parser.parse_args().epochs)
+    return int(parser(description).parse_args().epochs)
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

@@ -18,7 +18,20 @@ from numpy.typing import NDArray
 
 from exitify.artifact import container
 from exitify.artifact.container import Buffer
-from exitify.artifact.manifest import FORMAT, MARK, Compiled, ExitSetting, FileEntry, Manifest, MaskTable, Policy, Profile, SegmentTimes, target_name
+from exitify.artifact.manifest import (
+    FORMAT,
+    MARK,
+    Compiled,
+    ExitSetting,
+    FileEntry,
+    Manifest,
+    MaskTable,
+    Policy,
+    Profile,
+    SegmentTimes,
+    TunedKernel,
+    target_name,
+)
 from exitify.artifact.memory import MEMORY_FILE, Memory, read_memory, write_memory
 from exitify.artifact.onnx_graph import ELEMENT_TYPES, Graph, Parameter, identity, merge, parse, value_info
 from exitify.artifact.tensors import read_tensors, tensor_spans
@@ -519,6 +532,9 @@ def _check_targets(artifact: Artifact) -> None:
                 raise MalformedManifest(f"the library for {name!r} names {word[:80]!r} as a part of its machine or of TVM", _AGAIN)
         if not set(compiled.segments) <= known or (not compiled.left_to and set(compiled.segments) != known):
             raise MalformedManifest(f"the library for {name!r} was compiled for other segments", "compile again: `exitify compile`")
+        for kernel, tuned in compiled.kernels.items():
+            if not _is_found(tuned):
+                raise MalformedManifest(f"the library for {name!r} has the kernel {kernel[:80]!r} tuned as no search does it", _AGAIN)
         if not set(compiled.in_blocks) <= artifact.plan.maps_between(compiled.segments) or (compiled.block > 0) != bool(compiled.in_blocks):
             raise MalformedManifest(f"the library for {name!r} keeps other values in blocks of channels than it can", _AGAIN)
         for segment, made in compiled.segments.items():
@@ -531,6 +547,18 @@ def _check_targets(artifact: Artifact) -> None:
         listed = [weight for segment in compiled.segments.values() for weight in {*segment.weights, *segment.second_weights}]
         if sorted(listed) != sorted(tensor_spans(memoryview(artifact.files[path]), path)):
             raise MalformedManifest(f"{path} does not hold the tensors that the library for {name!r} takes", _AGAIN)
+
+
+def _is_found(tuned: TunedKernel) -> bool:
+    """Whether a search can have gone so: trials go up, and times down from the default's."""
+    trials, times = [at for at, _ in tuned.history], [ms for _, ms in tuned.history]
+    return (
+        min(tuned.calls, tuned.trials, len(trials)) >= 1
+        and trials == sorted(set(trials))
+        and 1 <= trials[0] <= trials[-1] <= tuned.trials
+        and times == sorted(set(times), reverse=True)
+        and 0 < times[-1] <= tuned.chosen_ms <= times[0] < LONGEST_MS
+    )
 
 
 def _read_record(kind: type[T], data: Buffer, where: str) -> T:

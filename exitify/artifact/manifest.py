@@ -9,7 +9,7 @@ from typing import Literal
 from exitify.errors import DataError
 from exitify.plan import FINAL, Plan
 
-FORMAT = 6
+FORMAT = 7
 """The version of the format that this release writes, and the only one it reads."""
 
 
@@ -161,6 +161,17 @@ class Promise:
     mean_macs_share: float
     mean_ms: float
     note: str
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, in words."""
+        proven = f" at {self.confidence:g}" if self.confidence else ""
+        return {
+            "max-drop": f"drop of at most {self.limit * 100:g} points{proven}",
+            "budget-macs": f"{self.limit:g} of the multiply-adds",
+            "budget-ms": f"{self.limit:g} ms an answer",
+            "risk": f"{self.limit:g} other answers{proven}",
+        }[self.kind]
 
 
 @dataclass(frozen=True)
@@ -321,6 +332,26 @@ class GpuKernels:
 
 
 @dataclass(frozen=True)
+class TunedKernel:
+    """What a search of schedules found for one kernel of a library.
+
+    calls: How often a run of all segments calls it. trials: Candidates measured, those that failed counted.
+    history: `(trials, ms)` where the least time of a call so far fell, in the order measured; first the default schedule's.
+    chosen_ms: Of the schedule that the library has: the default's where nothing was better by more than noise.
+    """
+
+    calls: int
+    trials: int
+    history: tuple[tuple[int, float], ...]
+    chosen_ms: float
+
+    @property
+    def default_ms(self) -> float:
+        """A call by the default schedule."""
+        return self.history[0][1]
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A library for one target and what must hold for it to be loaded.
 
@@ -337,6 +368,7 @@ class Compiled:
     sources: sha256 of each source tensor that derived weights were computed from, by name.
     tolerance: Most that a segment's error may be.
     trials: Candidates that were measured for its kernels.
+    kernels: What was found for each kernel that was searched, by name.
     """
 
     target: str
@@ -355,6 +387,7 @@ class Compiled:
     sources: Mapping[str, str]
     tolerance: float
     trials: int
+    kernels: Mapping[str, TunedKernel]
 
 
 def name_of(segment: str, batch: int) -> str:

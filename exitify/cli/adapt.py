@@ -10,6 +10,7 @@ import typer
 from exitify.cli import show, tables
 from exitify.cli.build import ARTIFACT, DATA, JSON, THREADS
 from exitify.cli.use import ENGINE, PROFILE
+from exitify.cli.verbosity import progress_bar
 from exitify.errors import DataError, StateError
 from exitify.files import NotWritten
 
@@ -51,7 +52,7 @@ def adapt(
     how = Learning(sgd, cast(Literal["hard", "soft"], targets), batch, guards=Guards(audit=audit) if guards else None)
     session = LearningSession.load(artifact, state=state, engine=engine, profile=profile, threads=threads, how=how, seed=seed, in_background=False)
     samples = load_samples(judge, session.contract, classes=session.artifact.plan.classes) if judge else None
-    with show.progress_bar() as progress:
+    with progress_bar() as progress:
         report = learn(
             session,
             open_stream(stream, session.contract),
@@ -67,7 +68,7 @@ def adapt(
     tables.adapted(report, session.contract.classes)
     if state is not None:
         loading = f"LearningSession.load({str(artifact)!r}, state={str(state)!r})"
-        print(f"Wrote {state}. Next: `exitify state log {artifact} {state}`; in a service: {loading}")
+        show.done(f"Wrote {state}.", f"Next: `exitify state log {artifact} {state}`; in a service: {loading}")
     else:
         print("Nothing was written: give --state to keep what was learnt.")
     show.python_call(
@@ -148,4 +149,5 @@ def merge(
     opened = Artifact.open(artifact)
     together = merged([State.open(path, opened) for path in states])
     together.save(output)
-    print(f"Wrote {output}: {len(states)} states, {together.record.updates} updates. Next: `exitify adapt {artifact} --stream DATA --state {output}`")
+    next_step = f"Next: `exitify adapt {artifact} --stream DATA --state {output}`"
+    show.done(f"Wrote {output}: {len(states)} states, {together.record.updates} updates.", next_step)

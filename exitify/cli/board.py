@@ -9,6 +9,7 @@ import typer
 
 from exitify.cli import show, tables
 from exitify.cli.build import JSON
+from exitify.cli.verbosity import progress_bar
 from exitify.errors import ExitifyError
 
 
@@ -39,9 +40,9 @@ def sidecar(
     """Build TVM's CUDA runtime for the CUDA of this board: JetPack 6 needs it, since PyPI's is for CUDA 13."""
     from exitify.board.sidecar import build_sidecar
 
-    with show.progress_bar() as progress:
+    with progress_bar() as progress:
         made = build_sidecar(source, cuda=cuda, to=output, progress=progress)
-    print(f"Wrote {made.path}: TVM {made.tvm}'s CUDA runtime for CUDA {made.cuda}, with {made.cudart}. Next: `exitify doctor`")
+    show.done(f"Wrote {made.path}: TVM {made.tvm}'s CUDA runtime for CUDA {made.cuda}, with {made.cudart}.", "Next: `exitify doctor`")
 
 
 def serve(

@@ -10,10 +10,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from exitify.cli import show, tables
+from exitify.cli import complete, show, tables
+from exitify.cli.verbosity import progress_bar, tuning_bar
 from exitify.errors import ExitifyError
 from exitify.files import NotWritten
-from exitify.plan import mask_text
+from exitify.plan import PATHS, mask_text
 from exitify.progress import silent
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ JSON = typer.Option("--json", help="Print JSON, for machines.")
 SKIP = typer.Option(help="Skip paths to leave out, one 0 or 1 each in order: 0110; all or none.")
 THREADS = typer.Option(help="CPU threads.", min=1)
 LARGEST_SEED = 2**32 - 1
+METHODS = ("distillation", "jei", "class-means", "joint", "ramp", "equilibrium", "one-for-all", "sample-weights", "skip-distillation")
+POLICIES = ("top1", "entropy", "margin", "renyi_entropy", "patience", "gates", "jei")
 
 
 def transform(
@@ -35,16 +38,34 @@ def transform(
     exits: Annotated[
         str, typer.Option(help="auto, none, how many, or names of modules separated by commas, each with its head if wanted: layer2.3:conv.")
     ] = "auto",
-    skips: Annotated[str, typer.Option(help="Blocks that may be left out: auto, none, how many of each stage, or names of modules.")] = "none",
-    head: Annotated[str, typer.Option(help="auto, linear, conv, deep, mlp (conv128: of that width), or own: as the network's own head.")] = "auto",
+    skips: Annotated[
+        str,
+        typer.Option(
+            help="Blocks that may be left out: auto, none, how many of each stage, or names of modules.",
+            autocompletion=complete.one_of("auto", "none"),
+        ),
+    ] = "none",
+    head: Annotated[
+        str,
+        typer.Option(
+            help="auto, linear, conv, deep, mlp (conv128: of that width), or own: as the network's own head.",
+            autocompletion=complete.one_of("auto", "linear", "conv", "deep", "mlp", "own"),
+        ),
+    ] = "auto",
     cascade: Annotated[
-        str, typer.Option(help="How heads use the logits of the exit before: none, identity, learned, layer_norm, boosted or ensemble.")
+        str,
+        typer.Option(
+            help="How heads use the logits of the exit before: none, identity, learned, layer_norm, boosted or ensemble.",
+            autocompletion=complete.one_of("none", *PATHS),
+        ),
     ] = "none",
     data: Annotated[str | None, typer.Option(help="Labelled pictures: exits auto are then searched, with probes trained on these.")] = None,
     held_out: Annotated[str | None, typer.Option(help="Pictures that the network has not seen, to choose by; by default a part of --data.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="With --data: accuracy may fall by this much; 0.005 unless a time is given.")] = None,
     budget_ms: Annotated[float | None, typer.Option(help="With --data: mean milliseconds an answer, here and with this engine.")] = None,
-    cost: Annotated[str, typer.Option(help="With --data: what exits are to save, time or macs.")] = "time",
+    cost: Annotated[
+        str, typer.Option(help="With --data: what exits are to save, time or macs.", autocompletion=complete.one_of("time", "macs"))
+    ] = "time",
     engine: Annotated[str, typer.Option(help="With --data: what is timed.")] = "auto",
     threads: Annotated[int, THREADS] = 1,
     work: Annotated[Path | None, typer.Option(help="With --data: folder for what is recorded.")] = None,
@@ -70,7 +91,7 @@ def transform(
     from exitify.passes.choose_skips import ChooseSkips
     from exitify.pipeline import place
 
-    _require_place(output)
+    require_place(output)
     shape = parse_shape(input_shape) if input_shape else None
     names = tuple(classes.split(",")) if classes else ()
     loaded = load_model(model, weights=weights, input_shape=shape, preprocess=preprocess, classes=names, trust=trust)
@@ -95,7 +116,7 @@ def transform(
         with_skips = ChooseSkips(skips=skips)(captured) if skips != "none" else captured
         samples = load_samples(data, loaded.contract, classes=captured.plan.classes)
         others = load_samples(held_out, loaded.contract, classes=captured.plan.classes) if held_out else None
-        with show.progress_bar() as progress:
+        with progress_bar() as progress:
             placement = exitify.place_by_data(
                 with_skips, samples, contract=loaded.contract, held_out=others, max_drop=max_drop, budget_ms=budget_ms, head=head,
                 unit="ms" if cost == "time" else "macs", engine=engine, threads=threads, work=work, seed=seed, progress=progress,
@@ -138,7 +159,7 @@ def transform(
         next_step = f"Heads are untrained: `exitify train {output} --data DIR`"
     elif artifact.plan.exits:
         next_step = f"Heads are trained as probes; longer: `exitify train {output} --data {data}`. Then `exitify calibrate`"
-    print(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB. {next_step}")
+    show.done(f"Wrote {output}, {output.stat().st_size / 2**20:.1f} MiB.", next_step)
     loading = show.call("exitify.load_model", repr(model), weights=(weights and str(weights), None), input_shape=(shape, None),
                         preprocess=(preprocess, None), classes=(names, ()), trust=(trust, False))  # fmt: skip
     show.python_call(f"torch.manual_seed({seed}); model = {loading}")
@@ -186,7 +207,8 @@ def train(
         str | None,
         typer.Option(
             help="Of the heads: distillation (by default), jei (with gates), class-means. With --model: joint (by default), ramp, equilibrium, "
-            "one-for-all, sample-weights, or skip-distillation."
+            "one-for-all, sample-weights, or skip-distillation.",
+            autocompletion=complete.one_of(*METHODS),
         ),
     ] = None,
     cost_weight: Annotated[float, typer.Option(min=0, help="With --method jei: what the network's cost is worth, in nats of cross-entropy.")] = 1.0,
@@ -212,7 +234,7 @@ def train(
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Train the heads, from the artifact and labelled pictures alone; or, with --model, the whole network with its exits."""
-    _require_place(output or artifact)
+    require_place(output or artifact)
     if model is not None:
         _require_defaults(
             "serves training of the heads alone, and --model trains the whole network", copies=(copies, 4), cost_weight=(cost_weight, 1.0)
@@ -255,7 +277,7 @@ def train(
         cost_weight=cost_weight,
     )
     folder = work or artifact.with_name(f"{artifact.stem}.train")
-    with show.progress_bar() as progress:
+    with progress_bar() as progress:
         trained, reports = train_heads(opened, samples, options, save_to=output or artifact, work=folder, threads=threads, progress=progress)
     if work is None:
         with contextlib.suppress(OSError):  # not empty: a training with other options was interrupted
@@ -271,7 +293,7 @@ def train(
     for name, library in trained.targets.items():
         if source_hashes(trained, library.segments) != library.sources:
             print(f"The library for {name} was compiled from other heads: `exitify compile {output or artifact} --target {name}`")
-    print(f"Wrote {output or artifact}. Next: `exitify calibrate {output or artifact} --data DIR --max-drop 0.005`")
+    show.done(f"Wrote {output or artifact}.", f"Next: `exitify calibrate {output or artifact} --data DIR --max-drop 0.005`")
     how = show.call("HeadTraining", epochs=(epochs, 20), copies=(copies, 4), augmentation=(augment, "auto"), distillation=(distillation, 0.9),
                     learning_rate=(learning_rate, 0.05), seed=(seed, 0), method=(method or "distillation", "distillation"),
                     cost_weight=(cost_weight, 1.0))  # fmt: skip
@@ -328,7 +350,7 @@ def _train_network(
         if not json:
             show.say(str(report))
 
-    with show.progress_bar() if speaks else contextlib.nullcontext(silent) as progress:
+    with progress_bar() if speaks else contextlib.nullcontext(silent) as progress:
         trained, reports = train_network(
             opened, samples, loaded.module, options, scores=scores, save_to=output, work=folder, threads=threads, device=device, progress=progress,
             each_epoch=say,
@@ -352,7 +374,7 @@ def _train_network(
     next_step = f"`exitify calibrate {output} --data DIR --max-drop 0.005`"
     if not trained.manifest.heads_trained:
         next_step = f"heads, which this method leaves as they were: `exitify train {output} --data {data}`"
-    print(f"Wrote {output}. Next: {next_step}")
+    show.done(f"Wrote {output}.", f"Next: {next_step}")
     how = show.call("TrainingOptions", repr(method), **{name: (value, getattr(TrainingOptions(), name)) for name, value in given.items()})
     loading = show.call("exitify.load_model", repr(model), input_shape=(contract.shape, None), trust=(trust, False))
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
@@ -371,22 +393,47 @@ def calibrate(
     budget_ms: Annotated[
         float | None, typer.Option(help="Mean milliseconds an answer, here and with this engine: 12. Chooses what to leave out too.")
     ] = None,
-    times: Annotated[str, typer.Option(help="With --budget-ms: for the machine where `exitify measure` took these times.")] = "",
+    times: Annotated[
+        str, typer.Option(help="With --budget-ms: for the machine where `exitify measure` took these times.", autocompletion=complete.times)
+    ] = "",
     risk: Annotated[str | None, typer.Option(help="RATE@CONFIDENCE: at most this share of other answers, 0.02@0.95.")] = None,
-    risk_of: Annotated[str, typer.Option(help="With --risk: disagreement, or accuracy: at most this much of it is lost.")] = "disagreement",
+    risk_of: Annotated[
+        str,
+        typer.Option(
+            help="With --risk: disagreement, or accuracy: at most this much of it is lost.",
+            autocompletion=complete.one_of("disagreement", "accuracy"),
+        ),
+    ] = "disagreement",
     bound: Annotated[
-        str | None, typer.Option(help="With --risk: what proves it, clopper-pearson, bentkus or betting; by default the one that stops earliest.")
+        str | None,
+        typer.Option(
+            help="With --risk: what proves it, clopper-pearson, bentkus or betting; by default the one that stops earliest.",
+            autocompletion=complete.one_of("clopper-pearson", "bentkus", "betting"),
+        ),
     ] = None,
     search: Annotated[
-        str, typer.Option(help="With --budget-macs: coordinate, one threshold at a time, or quotas, in a geometric row.")
+        str,
+        typer.Option(
+            help="With --budget-macs: coordinate, one threshold at a time, or quotas, in a geometric row.",
+            autocompletion=complete.one_of("coordinate", "quotas"),
+        ),
     ] = "coordinate",
     profile: Annotated[str, typer.Option(help="Name to store the settings under.")] = "default",
     skip: Annotated[str | None, SKIP] = None,
-    policy: Annotated[str, typer.Option(help="What decides: top1, entropy, margin, renyi_entropy, patience, gates or jei.")] = "top1",
+    policy: Annotated[
+        str,
+        typer.Option(help="What decides: top1, entropy, margin, renyi_entropy, patience, gates or jei.", autocompletion=complete.one_of(*POLICIES)),
+    ] = "top1",
     prediction_sets: Annotated[
         float | None, typer.Option(help="Add sets of classes that miss the true one in at most this share of answers: 0.05. Takes 3 in 10 samples.")
     ] = None,
-    conformal: Annotated[str, typer.Option(help="With --prediction-sets: what each exit's rest on, gated, strict, general or per_exit.")] = "gated",
+    conformal: Annotated[
+        str,
+        typer.Option(
+            help="With --prediction-sets: what each exit's rest on, gated, strict, general or per_exit.",
+            autocompletion=complete.one_of("gated", "strict", "general", "per_exit"),
+        ),
+    ] = "gated",
     output: Annotated[Path | None, OUTPUT] = None,
     engine: Annotated[str, typer.Option(help="What records the outputs.")] = "auto",
     threads: Annotated[int, THREADS] = 1,
@@ -398,10 +445,10 @@ def calibrate(
     from exitify.calibration.calibrate import calibrate as find
     from exitify.data import load_samples
 
-    _require_place(output or artifact)
+    require_place(output or artifact)
     opened = Artifact.open(artifact)
     samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
-    with show.progress_bar() as progress:
+    with progress_bar() as progress:
         calibrated = find(
             opened, samples, max_drop=max_drop, budget_macs=budget_macs, budget_ms=budget_ms, times=times, risk=parse_risk(risk),
             risk_of=risk_of, bound=bound, search=search, policy=policy, conformal=conformal,  # type: ignore[arg-type]
@@ -416,7 +463,7 @@ def calibrate(
     tables.profile(profile, made)
     if budget_ms is not None and calibrated.masks is not None:
         tables.masks(calibrated.masks)
-    print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE`")
+    show.done(f"Wrote {output or artifact}.", f"Next: `exitify run {output or artifact} PICTURE`")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     finding = show.call("exitify.calibrate", opening, "samples", max_drop=(max_drop, None), budget_macs=(budget_macs, None),
                         budget_ms=(budget_ms, None), times=(times, ""), risk=(parse_risk(risk), None), risk_of=(risk_of, "disagreement"),
@@ -428,9 +475,19 @@ def calibrate(
 
 def compile(  # noqa: A001
     artifact: Annotated[Path, ARTIFACT],
-    target: Annotated[str, typer.Option(help="A board's name (`exitify targets`), host, cuda, or your own ./my-board.toml.")] = "host",
-    device: Annotated[str | None, typer.Option(help="cpu, gpu or both; by default all that the board has.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, or fp16: what is multiplied with known weights in float16, the rest in float32.")] = "fp32",
+    target: Annotated[
+        str, typer.Option(help="A board's name (`exitify targets`), host, cuda, or your own ./my-board.toml.", autocompletion=complete.target)
+    ] = "host",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, gpu or both; by default all that the board has.", autocompletion=complete.one_of("cpu", "gpu", "both"))
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, or fp16: what is multiplied with known weights in float16, the rest in float32.",
+            autocompletion=complete.one_of("fp32", "fp16"),
+        ),
+    ] = "fp32",
     arch: Annotated[str, typer.Option(help="Of the target cuda's GPU, sm_90; by default that of the one here.")] = "",
     jetpack: Annotated[str, typer.Option(help="Release on the board; by default its oldest, whose code newer ones load too.")] = "",
     output: Annotated[Path | None, OUTPUT] = None,
@@ -452,7 +509,7 @@ def compile(  # noqa: A001
     from exitify.targets import ALIASES, load_target
     from exitify.targets.board import board_at_hand
 
-    _require_place(output or artifact)
+    require_place(output or artifact)
     _one_of("fallback", fallback, ("", "onnxruntime"))
     _one_of("precision", precision, ("fp32", "fp16"))
     _one_of("device", device or "both", ("cpu", "gpu", "both"))
@@ -475,7 +532,7 @@ def compile(  # noqa: A001
     machines = [tools_for(board, on, arch if on == "gpu" else "", jetpack)[0] for on in devices]  # type: ignore[arg-type]
     for on, machine in zip(devices, machines):
         with contextlib.ExitStack() as stack:
-            progress, report = stack.enter_context(show.progress_bar()), stack.enter_context(show.tuning_bar())
+            progress, report = stack.enter_context(progress_bar()), stack.enter_context(tuning_bar())
             runner = stack.enter_context(contextlib.closing(RpcRunner(machine, *place))) if place else None
             compiled = compile_artifact(
                 compiled, board, device=on, precision=precision, architecture=arch if on == "gpu" else "", jetpack=jetpack,  # type: ignore[arg-type]
@@ -488,7 +545,7 @@ def compile(  # noqa: A001
         return
     for library in made:
         tables.compiled(compiled, library)
-    print(f"Wrote {output or artifact}. Next: `exitify run {output or artifact} PICTURE --engine tvm`")
+    show.done(f"Wrote {output or artifact}.", f"Next: `exitify run {output or artifact} PICTURE --engine tvm`")
     board_name = board.name if target in ALIASES else target
     for on in devices:
         opening = show.call("exitify.Artifact.open", repr(str(artifact if on == devices[0] else output or artifact)))
@@ -512,7 +569,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise ExitifyError(f"there is no {option} {value!r}", f"there are {', '.join(filter(None, known))}")
 
 
-def _require_place(output: Path) -> None:
+def require_place(output: Path) -> None:
     """Refuse at once what could not be written at the end of long work."""
     if not output.parent.is_dir():
         raise NotWritten(f"cannot write {output}: there is no folder {output.parent}", "make the folder first, or choose another place")
@@ -543,7 +600,7 @@ def export(
     from exitify.files import written_whole
     from exitify.onnx_export.static import export_static, static_stretch
 
-    _require_place(output)
+    require_place(output)
     opened = Artifact.open(artifact)
     name = f"exit{exit}" if exit.isdigit() else exit
     model = export_static(opened, exit=name, skip=skip)

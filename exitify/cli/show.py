@@ -1,14 +1,13 @@
-"""What the commands print: tables for people, JSON for machines, progress on stderr."""
+"""What the commands print: tables for people, JSON for machines."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from exitify.progress import Progress
+from exitify.cli.verbosity import chosen
 from exitify.records import to_json
 
 
@@ -59,48 +58,14 @@ def call(function: str, *arguments: str, **options: tuple[object, object]) -> st
 
 
 def python_call(text: str) -> None:
-    """Print the Python that does the same."""
-    say(f"In Python: {text}")
+    """Print the Python that does the same, unless -q."""
+    if not chosen().quiet:
+        say(f"In Python: {text}")
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr, one line a stage; quiet when stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
-        stages: dict[str, Any] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done, total=total)
-
-        yield advance
-
-
-@contextmanager
-def tuning_bar() -> Iterator[Callable[[int, int, float, float], None]]:
-    """A bar on stderr for trials: how many, how far the best so far is ahead, the time left; quiet when stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
-        trials: list[Any] = []
-
-        def report(done: int, budget: int, default: float, best: float) -> None:
-            if not trials:
-                trials.append(bars.add_task("tuning", total=budget))
-            bars.update(
-                trials[0], completed=done, description=f"tuning: {best * 1e3:.3f} ms, {best / default:.3f} of the default" if default else "tuning"
-            )
-
-        yield report
+def done(text: str, advice: str) -> None:
+    """Print what was done and, unless -q, what comes next."""
+    say(text if chosen().quiet else f"{text} {advice}")
 
 
 def millions(macs: float) -> str:

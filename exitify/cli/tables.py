@@ -135,14 +135,7 @@ def profile(name: str, made: Profile) -> None:
     masked = f", leaving out {made.skip}" if "1" in made.skip else ""
     table(f"Profile {name!r}, by {made.policy}{masked}", ("exit", "runs", "threshold", "temperature", *(("ECE", "with it") if errors else ())), rows)
     promise = made.promise
-    proven = f" at {promise.confidence:g}" if promise.confidence else ""
-    asked = {
-        "max-drop": f"drop of at most {promise.limit * 100:g} points{proven}",
-        "budget-macs": f"{promise.limit:g} of the multiply-adds",
-        "budget-ms": f"{promise.limit:g} ms an answer",
-        "risk": f"{promise.limit:g} other answers{proven}",
-    }
-    say(f"Promise: {asked[promise.kind]}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
+    say(f"Promise: {promise.asked}: {'kept' if promise.kept else 'NOT KEPT'}, on {promise.samples} samples. {promise.note}")
     accuracy = f"Accuracy {promise.accuracy:.2%} against {promise.full_accuracy:.2%}, other answers {promise.disagreement:.2%}"
     say(f"{accuracy}, mean cost {promise.mean_macs_share:.3f} of the network's.")
 
@@ -186,16 +179,16 @@ def answer_json(name: str, answer: Answer) -> dict[str, Any]:
 
 def timings(report: BenchReport) -> None:
     """Contenders against each other."""
-    rows = []
-    for t in report.timings:
-        spread = f"{t.spread[0]:.3f} to {t.spread[1]:.3f}"
-        spent = (f"{t.energy.mj:.3f}", f"{t.energy.spread[0]:.3f} to {t.energy.spread[1]:.3f}", f"{t.energy.watts:.2f}") if t.energy else ()
-        rows.append((t.name, f"{t.mean_ms:.3f}", f"{t.p50_ms:.3f}", f"{t.p95_ms:.3f}", f"{t.mean_ratio:.3f}", spread, percent(t.accuracy), *spent))
-    title = f"{report.samples} samples, batch 1, {report.threads} thread{'s' if report.threads > 1 else ''}; {report.conditions}"
-    energy = ("mJ above idle", "lowest to highest", "W") if report.timings[0].energy else ()
-    table(title, ("", "mean ms", "p50 ms", "p95 ms", "mean ratio", "quartiles", "accuracy", *energy), rows)
-    left = ", ".join(f"{name} {percent(share)}" for name, share in report.exits.items())
-    say(f"Left at: {left}; mean cost {report.mean_macs_share:.3f} of the network's.")
+    from exitify.benchmark.report import cells, conditions_text, energy_cells, exits_text, noise_text, versions_text
+
+    columns, rows = cells(report)
+    table(conditions_text(report), columns, rows)
+    columns, rows = energy_cells(report)
+    if rows:
+        table("Energy of an answer", columns, rows)
+    say(noise_text(report))
+    say(exits_text(report))
+    say(f"{versions_text(report)}.")
 
 
 def artifact(opened: Artifact) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitify.cli import show, tables
-from exitify.cli.build import ARTIFACT, DATA, JSON, OUTPUT, SKIP, THREADS
+from exitify.cli import complete, show, tables
+from exitify.cli.build import ARTIFACT, DATA, JSON, OUTPUT, SKIP, THREADS, require_place
+from exitify.cli.verbosity import progress_bar
 from exitify.errors import DataError, ModelError, first_line
 from exitify.plan import mask_text
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from exitify.artifact.artifact import Artifact
     from exitify.artifact.manifest import InputContract
 
-PROFILE = typer.Option(help="Calibrated profile; by default the one called 'default', if there is one; none takes no exit.")
+PROFILE = typer.Option(
+    help="Calibrated profile; by default the one called 'default', if there is one; none takes no exit.", autocompletion=complete.profile
+)
 ENGINE = typer.Option(
-    help="auto (onnxruntime), onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, reference; tvm or tvm:TARGET: the compiled library, native code."
+    help="auto (onnxruntime), onnxruntime, onnxruntime:cuda, onnxruntime:tensorrt, reference; tvm or tvm:TARGET: the compiled library, native code.",
+    autocompletion=complete.engine,
 )
 
 
@@ -141,37 +145,62 @@ def _stacked(arrays: list[NDArray[Any]]) -> NDArray[np.generic]:
 def bench(
     artifact: Annotated[Path, ARTIFACT],
     data: Annotated[str, DATA],
-    against: Annotated[str, typer.Option(help="onnxruntime, tvm, torch, inductor, separated by commas.")] = "onnxruntime",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="onnxruntime, tvm, torch, inductor, openvino, separated by commas; the one that runs the artifact is there anyhow.",
+            autocompletion=complete.some_of("onnxruntime", "tvm", "torch", "inductor", "openvino"),
+        ),
+    ] = "onnxruntime",
+    smaller: Annotated[Path | None, typer.Option(help="An ONNX file of a smaller network with the same input and classes.")] = None,
     profile: Annotated[str | None, PROFILE] = None,
     engine: Annotated[str, ENGINE] = "auto",
     threads: Annotated[int, THREADS] = 1,
-    samples: Annotated[int, typer.Option(min=2, help="How many to time.")] = 1000,
+    samples: Annotated[int, typer.Option(min=2, help="How many to time, in each round.")] = 500,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to load and time everything: more make the stated noise smaller.")] = 5,
     model: Annotated[str | None, typer.Option(help="The original, for torch and inductor; its weights are taken from the artifact.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load a pickled module: this runs the code in it.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure what a process with each contender alone holds in memory.")] = True,
     energy: Annotated[bool, typer.Option("--energy", help="Measure what an answer takes from a Jetson's supply, above idle.")] = False,
+    markdown: Annotated[str | None, typer.Option(help="Write the table as Markdown to this file, or to - for stdout in place of all else.")] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Time the artifact against the same network without exits: same process, same threads, in turn."""
+    """Time the artifact against the same network without exits: same process, same threads, in turn; and say how sure that is."""
     from exitify.artifact.artifact import Artifact
     from exitify.benchmark import bench as time_all
+    from exitify.benchmark import markdown as as_markdown
     from exitify.data import load_samples
+    from exitify.files import written_whole
 
+    if json and markdown == "-":
+        raise DataError("--json and --markdown - both want stdout", "give --markdown a file")
+    if markdown not in (None, "-"):
+        require_place(Path(markdown))
     opened = Artifact.open(artifact)
     loaded = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
-    contenders = against.split(",")
+    contenders = against.split(",") if against else []
     module = original_module(opened, model, trust) if {"torch", "inductor"} & set(contenders) else None
-    with show.progress_bar() as progress:
+    with progress_bar() as progress:
         report = time_all(
-            opened, loaded, against=contenders, profile=profile, engine=engine, threads=threads, most=samples, model=module, energy=energy,
-            progress=progress,
+            opened, loaded, against=contenders, smaller=smaller, profile=profile, engine=engine, threads=threads, most=samples, rounds=rounds,
+            model=module, memory=memory, energy=energy, progress=progress,
         )  # fmt: skip
+    if markdown == "-":
+        print(as_markdown(report), end="")
+        return
+    if markdown is not None:
+        with written_whole(markdown) as stream:
+            stream.write(as_markdown(report).encode())
     if json:
         show.as_json(report)
         return
     tables.timings(report)
+    if markdown is not None:
+        show.say(f"Wrote {markdown}.")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
-    timing = show.call("exitify.bench", opening, "samples", against=(tuple(contenders), ("onnxruntime",)), profile=(profile, None),
-                       engine=(engine, "auto"), threads=(threads, 1), most=(samples, 1000), energy=(energy, False))  # fmt: skip
+    timing = show.call("exitify.bench", opening, "samples", against=(tuple(contenders), ("onnxruntime",)), smaller=(smaller and str(smaller), None),
+                       profile=(profile, None), engine=(engine, "auto"), threads=(threads, 1), most=(samples, 500), rounds=(rounds, 5),
+                       memory=(memory, True), energy=(energy, False))  # fmt: skip
     show.python_call(timing)
 
 
@@ -188,7 +217,7 @@ def measure(
     from exitify.calibration.segment_times import measure_segments, name_of
 
     opened = Artifact.open(artifact)
-    with show.progress_bar() as progress:
+    with progress_bar() as progress:
         times = measure_segments(opened, engine=engine, threads=threads, progress=progress)
     called = name or name_of(times)
     opened.with_times(called, times).save(output or artifact)
@@ -196,7 +225,7 @@ def measure(
         show.as_json({"output": str(output or artifact), "name": called, **vars(times)})
         return
     tables.times(called, times, opened.plan)
-    print(f"Wrote {output or artifact}. Next: `exitify calibrate {output or artifact} --data DIR --budget-ms MS --times {called}`")
+    show.done(f"Wrote {output or artifact}.", f"Next: `exitify calibrate {output or artifact} --data DIR --budget-ms MS --times {called}`")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
     timing = show.call("exitify.measure_segments", opening, engine=(engine, "auto"), threads=(threads, 1))
     show.python_call(f"{opening}.with_times({called!r}, {timing}).save({str(output or artifact)!r})")
@@ -225,17 +254,66 @@ def original_module(artifact: Artifact, model: str | None, trust: bool) -> Any:
     return module
 
 
-def inspect(artifact: Annotated[Path, ARTIFACT], json: Annotated[bool, JSON] = False) -> None:
-    """Say what an artifact holds. Checks every hash, executes nothing."""
+def inspect(
+    artifact: Annotated[Path, ARTIFACT],
+    html: Annotated[Path | None, typer.Option(help="Write a report to look at: one page that needs nothing beside it.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for its figures as .svg and .png, for papers.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With --html or --plots: labelled pictures to answer, as for `calibrate`; without, those that it remembers.")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="With --html or --plots: the profile to show; by default 'default', else the newest.", autocompletion=complete.profile),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="With --data: what answers and is timed, as for `run`.")] = "auto",
+    threads: Annotated[int, THREADS] = 1,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Say what an artifact holds; with --html, show what it does. Checks every hash, executes nothing unless --data is given."""
     from exitify.artifact.artifact import Artifact
 
     opened = Artifact.open(artifact)
+    if html is not None or plots is not None:
+        _report(opened, artifact, html, plots, data, profile, engine, threads, json)
+        return
+    if (data, profile, engine, threads) != (None, None, "auto", 1):
+        raise DataError("--data, --profile, --engine and --threads are for the report", "give --html report.html with them")
     manifest = opened.manifest
     if json:
         show.as_json({**vars(manifest), "profiles": opened.profiles, "masks": opened.masks, "targets": opened.targets})
         return
     print(f"{artifact}, {artifact.stat().st_size / 2**20:.1f} MiB")
     tables.artifact(opened)
+
+
+def _report(
+    opened: Artifact, artifact: Path, html: Path | None, plots: Path | None, data: str | None, profile: str | None, engine: str, threads: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Write the report's page, its figures, or both."""
+    from exitify.data import load_samples
+    from exitify.report.report import inspect as gather
+
+    if html is not None:
+        require_place(html)
+    if data is None and (engine, threads) != ("auto", 1):
+        raise DataError("--engine and --threads are for answering samples", "give --data with them")
+    samples = load_samples(data, opened.manifest.input, classes=opened.plan.classes) if data is not None else None
+    with progress_bar() as progress:
+        report = gather(opened, samples, profile=profile, engine=engine, threads=threads, progress=progress)
+        written = [report.save(html, artifact.name)] if html is not None else []
+        written += report.save_plots(plots) if plots is not None else []
+    if as_json:
+        show.as_json({"written": [str(path) for path in written], "profile": report.profile_name})
+        return
+    size = sum(path.stat().st_size for path in written)
+    print(f"Wrote {html if html is not None else ', '.join(str(path) for path in written)}, {size / 1024:.0f} KiB.")
+    if report.evidence is None:
+        print("It shows what the network is, and not what it does: calibrate it, or give --data.")
+    gathering = show.call("exitify.inspect", show.call("exitify.Artifact.open", repr(str(artifact))), *(["samples"] if data else []),
+                          profile=(profile, None), engine=(engine, "auto"), threads=(threads, 1))  # fmt: skip
+    saving = f".save({str(html)!r}, {artifact.name!r})" if html is not None else f".save_plots({str(plots)!r})"
+    show.python_call(gathering + saving)
 
 
 def targets(json: Annotated[bool, JSON] = False) -> None:

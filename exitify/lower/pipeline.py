@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 
 from exitify.artifact.artifact import Artifact, check_name
-from exitify.artifact.manifest import Compiled, CompiledSegment, GpuKernels, Precision, target_name
+from exitify.artifact.manifest import Compiled, CompiledSegment, GpuKernels, Precision, TunedKernel, target_name
 from exitify.artifact.sources import graph_hashes, source_hashes
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import EngineError, ExitifyError, LibraryRefused
@@ -21,7 +22,7 @@ from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_d
 from exitify.lower.linking import link_with, linker
 from exitify.lower.nvrtc import Compiler, compiler_for
 from exitify.lower.processors import Machine, machine_of
-from exitify.lower.tuning.database import Database, default_folder
+from exitify.lower.tuning.database import Database, Known, choice_text, default_folder
 from exitify.lower.tuning.measure import LocalRunner, Runner
 from exitify.lower.tuning.search import Report, tune, unheard
 from exitify.lower.tuning.space import apply
@@ -91,7 +92,7 @@ def compile_artifact(
     begin("lowering")
     with silent_stderr():
         kernels = lower_segments(artifact, artifact.plan.segments, machine, precision=precision, batches=batches, leave=bool(fallback))
-    scheduled, measured = _schedules(kernels, machine, trials, database, runner, report or unheard)
+    scheduled, measured, tuned = _schedules(kernels, machine, trials, database, runner, report or unheard)
     begin("compiling")
     made, code = None, None
     if isinstance(machine, GpuMachine):
@@ -132,6 +133,7 @@ def compile_artifact(
         sources=source_hashes(artifact, kernels.weights),
         tolerance=TOLERANCE[precision],
         trials=measured,
+        kernels=tuned,
     )
     made_artifact = artifact.with_target(compiled, library, write_tensors(weights), (code.cubin, code.ptx) if code is not None else None)
     if device == "gpu" and machine.is_here:
@@ -210,11 +212,11 @@ def _named(kernels: Kernels) -> tuple[dict[str, tuple[str, ...]], dict[str, tupl
 
 def _schedules(
     kernels: Kernels, machine: Machine | GpuMachine, trials: int, database: Database | None, runner: Runner | None, report: Report
-) -> tuple[dict[str, tirx.PrimFunc], int]:
-    """Each kernel by what was chosen for it, else by default; and how many candidates were measured for them."""
+) -> tuple[dict[str, tirx.PrimFunc], int, dict[str, TunedKernel]]:
+    """Each kernel by what was chosen for it, else by default; how many candidates were measured for them; and what was found for each."""
     scheduled = scheduled_by_default(kernels, machine)
     if database is None and not trials:
-        return scheduled, 0
+        return scheduled, 0, {}
     database = database or Database(default_folder())
     tasks = tasks_of(kernels, machine)
     if trials:
@@ -229,7 +231,21 @@ def _schedules(
         if best is not None:
             with contextlib.suppress(Exception):  # measured for schedules of another release
                 scheduled[name] = apply(kernel, best, machine)
-    return scheduled, sum(found.trials for found in known.values())
+    tuned = {task.name: found for task in tasks if (found := _found(known[task.key], task.calls)) is not None}
+    return scheduled, sum(found.trials for found in known.values()), tuned
+
+
+def _found(known: Known, calls: int) -> TunedKernel | None:
+    """What the database holds of a kernel, for people; None where its default was not measured, or did not run."""
+    default = known.seconds.get(choice_text(None), math.inf)
+    if not math.isfinite(default):
+        return None
+    history = [(1, default * 1e3)]  # measured first, though on several boards at once others may be done before it
+    others = (seconds for text, seconds in known.seconds.items() if text != choice_text(None))
+    for trial, seconds in enumerate(others, 2):
+        if seconds * 1e3 < history[-1][1]:
+            history.append((trial, seconds * 1e3))
+    return TunedKernel(calls, known.trials, tuple(history), known.seconds.get(choice_text(known.best), default) * 1e3)
 
 
 def _stand_in(kernels: Kernels, scheduled: Mapping[str, tirx.PrimFunc], machine: Machine | GpuMachine) -> relax.VMExecutable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import io
@@ -190,14 +191,15 @@ def _name_outputs(network: ModelProto, names: Sequence[str], input_name: str) ->
         groups.setdefault(value.name, [] if value.name != input_name else [input_name]).append(name)
     new = {name: f"{name}.inside" for node in network.graph.node for name in node.output if name in names}
     new.update({found: group[0] for found, group in groups.items()})
-    nodes = [helper.make_node("Identity", [input_name], [name]) for name in groups.get(input_name, [])[1:]]
-    for node in network.graph.node:
+    nodes = [_copy_of(input_name, name) for name in groups.get(input_name, [])[1:]]
+    for node, name in zip(network.graph.node, _names_of_modules(network)):
         copied = NodeProto()
         copied.CopyFrom(node)
+        copied.name = name
         copied.input[:] = [new.get(name, name) for name in node.input]
         copied.output[:] = [new.get(name, name) for name in node.output]
         nodes.append(copied)
-        nodes += [helper.make_node("Identity", [new[name]], [other]) for name in node.output for other in groups.get(name, [])[1:]]
+        nodes += [_copy_of(new[name], other) for name in node.output for other in groups.get(name, [])[1:]]
     del network.graph.node[:]
     network.graph.node.extend(nodes)
     same: dict[str, list[str]] = {}
@@ -207,6 +209,28 @@ def _name_outputs(network: ModelProto, names: Sequence[str], input_name: str) ->
             first[node.output[0]] = first.get(node.input[0], node.input[0])
             same.setdefault(first[node.output[0]], []).append(node.output[0])
     return same
+
+
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""What torch.export says of operations that stand in no module."""
+
+
+def _copy_of(value: str, name: str) -> NodeProto:
+    """A node that gives a value another name."""
+    return helper.make_node("Identity", [value], [name], name=f"/{name}/Identity")
+
+
+def _names_of_modules(network: ModelProto) -> list[str]:
+    """A name for every node by which viewers such as Netron group and find them: the module's path, then the operator, `/layer1/0/conv1/Conv`."""
+    count: Counter[str] = Counter()
+    names = []
+    for node in network.graph.node:
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+        module = ["", "", *ast.literal_eval(scopes)][-2].removeprefix(_NO_MODULE)  # torch.onnx puts the operation last
+        name = "/".join(["", *filter(None, module.split(".")), node.op_type])
+        names.append(f"{name}_{count[name]}" if count[name] else name)
+        count[name] += 1
+    return names
 
 
 class _Watch(fx.Interpreter):

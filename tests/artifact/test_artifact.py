@@ -210,16 +210,16 @@ def test_a_flipped_byte_is_found_when_the_container_was_written_anew(artifact):
 
 @pytest.mark.parametrize(
     ("version", "shown"),
-    [(5, "5"), (7, "7"), (0, "0"), (-1, "-1"), ("6", "'6'"), (True, "True"), (6.0, r"6\.0"), (None, "None"), ([6], r"\[6\]"), ("9" * 100, "'9{39}")],
+    [(6, "6"), (8, "8"), (0, "0"), (-1, "-1"), ("7", "'7'"), (True, "True"), (7.0, r"7\.0"), (None, "None"), ([7], r"\[7\]"), ("9" * 100, "'9{39}")],
 )
 def test_an_unknown_format_is_refused_with_both_numbers(artifact, version, shown):
-    with refused("format is 6", match=f"has format {shown}, and this release reads 6$|has format {shown}, and this release reads 6\n"):
+    with refused("format is 7", match=f"has format {shown}, and this release reads 7$|has format {shown}, and this release reads 7\n"):
         parse_artifact(with_document(artifact, lambda document: document.update(format=version)))
 
 
 def test_a_manifest_without_a_format_is_refused(artifact):
     for text in (b"{}", b"[]", b"1", b'"manifest"', b"null"):
-        with refused("format is 6", match="has format None, and this release reads 6"):
+        with refused("format is 7", match="has format None, and this release reads 7"):
             parse_artifact(packed({**files_of(artifact), MANIFEST: text}))
 
 
@@ -306,7 +306,7 @@ def test_a_file_that_is_not_listed_is_refused(artifact):
 
 def test_a_file_that_the_format_does_not_know_is_refused_though_listed(artifact):
     for path in ("notes.txt", "model/trunk_exit3.onnx", "profiles/deep/er.json", "profiles/default.txt", "model/weights.bin"):
-        with refused("every file there is one that this format knows", match=f"holds '{path}', which format 6 does not know"):
+        with refused("every file there is one that this format knows", match=f"holds '{path}', which format 7 does not know"):
             reopened(build_artifact(artifact.manifest, {**artifact.files, path: b"{}"}))
 
 

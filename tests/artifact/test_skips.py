@@ -230,7 +230,7 @@ def test_second_weights_that_do_not_fit_are_refused(artifact, name, count):
     }
     made = Compiled(
         "host", "host", "x86_64-linux-gnu", "x86-64-v3", ("avx2",), None, "fp32", "0.27.0", "0.1.14", segments, "",
-        (), 0, source_hashes(artifact, segments), 1e-4, 0,
+        (), 0, source_hashes(artifact, segments), 1e-4, 0, {},
     )  # fmt: skip
     weights = write_tensors({f"{name}.0": np.zeros(3, np.float32) for name in segments})
     assert reopened(artifact.with_target(made, b"library", weights)).targets == {"host": made}

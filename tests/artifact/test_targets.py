@@ -26,7 +26,7 @@ from exitify.artifact.artifact import (
     parse_artifact,
     target_path,
 )
-from exitify.artifact.manifest import Compiled, CompiledSegment, GpuKernels, target_name
+from exitify.artifact.manifest import Compiled, CompiledSegment, GpuKernels, TunedKernel, target_name
 from exitify.artifact.sources import source_hashes
 from exitify.artifact.tensors import write_tensors
 from exitify.errors import AlteredFile, ArtifactError, ExitifyError, MalformedManifest
@@ -44,6 +44,7 @@ WEIGHTS = "a target's weights.safetensors holds each tensor that its segments ta
 WORDS = "triple, cpu, features and versions of TVM have 1 to 64 letters, digits, `_`, `.`, `+` and `-`"
 OF_GPU = "a GPU's architecture is `sm_` with 2 or 3 digits, PTX and compiler are two numbers with a point, and the mark has its form"
 BLOCKS = "in_blocks names values of three sizes in float32 that segments of the library alone make and read; block is 0 if it names none"
+TUNED = "a kernel's counts are 1 or more, trials ascend in its history, times fall there and stay above 0, and its chosen time is between them"
 KNOWN = "every file there is one that this format knows"
 
 
@@ -55,7 +56,7 @@ def record(artifact: Artifact, target: str = "host", **changes: object) -> Compi
     }
     made = Compiled(
         target, target.split(".")[0], "x86_64-linux-gnu", "x86-64-v3", ("avx2", "fma"), None, "fp32", "0.27.0", "0.1.14", segments, "",
-        (), 0, source_hashes(artifact, segments), 1e-4, 0,
+        (), 0, source_hashes(artifact, segments), 1e-4, 0, {},
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -209,6 +210,31 @@ def test_batches_are_above_one_and_ascend(plain: Artifact, batches: tuple[int, .
         reopened(with_batches(batches))
 
 
+@pytest.mark.parametrize(
+    ("calls", "trials", "history", "chosen"),
+    [
+        (0, 9, ((1, 2.0),), 2.0),
+        (1, 0, ((1, 2.0),), 2.0),
+        (1, 9, (), 2.0),
+        (1, 9, ((0, 2.0),), 2.0),
+        (1, 9, ((1, 2.0), (10, 1.0)), 1.0),
+        (1, 9, ((1, 2.0), (1, 1.0)), 1.0),
+        (1, 9, ((2, 2.0), (1, 1.0)), 1.0),
+        (1, 9, ((1, 2.0), (5, 2.5)), 2.0),
+        (1, 9, ((1, 2.0), (5, 0.0)), 2.0),
+        (1, 9, ((1, 2.0), (5, -1.0)), -1.0),
+        (1, 9, ((1, 2.0), (5, 1.0)), 0.5),
+        (1, 9, ((1, 2.0), (5, 1.0)), 2.5),
+        (1, 9, ((1, 1e9),), 1e9),
+    ],
+)
+def test_a_search_that_cannot_have_gone_so_is_refused(plain: Artifact, calls: int, trials: int, history: Any, chosen: float) -> None:
+    found = {"conv2d": TunedKernel(3, 9, ((1, 2.0), (5, 1.0)), 2.0), "dense": TunedKernel(1, 1, ((1, 2.0),), 2.0)}
+    assert reopened(with_library(plain, kernels=found)).targets["host"].kernels == found
+    with refused(TUNED, match="has the kernel 'conv2d' tuned as no search does it"):
+        reopened(with_library(plain, kernels={**found, "conv2d": TunedKernel(calls, trials, history, chosen)}))
+
+
 def test_a_map_that_another_engine_reads_is_in_rows(plain: Artifact) -> None:
     segments = [segment.name for segment in plain.plan.segments]
     between = plain.plan.maps_between(segments)
@@ -230,7 +256,7 @@ def test_a_target_without_one_of_its_files_is_refused(artifact: Artifact, name: 
     "path", ["targets/host/evil.so", "targets/library.so", "targets/host/deep/library.so", "targets/host/library.so.1", "target/host/library.so"]
 )
 def test_another_file_among_the_targets_is_refused(artifact: Artifact, path: str) -> None:
-    with refused(KNOWN, match=f"holds '{path}', which format 6 does not know"):
+    with refused(KNOWN, match=f"holds '{path}', which format 7 does not know"):
         reopened(build_artifact(artifact.manifest, {**artifact.files, path: LIBRARY}))
 
 
@@ -390,6 +416,8 @@ def test_any_other_record_is_refused_or_read_as_it_stands(artifact: Artifact, fi
     changed = json.loads(dumps(artifact.targets["host"]))
     if inside and field == "segments":
         changed[field]["trunk_exit1"] = anything
+    elif inside and field == "kernels":
+        changed[field]["conv2d"] = anything
     elif inside and isinstance(changed[field], dict):
         changed[field]["more"] = anything
     else:
@@ -412,6 +440,8 @@ def test_the_fields_of_a_record_are_in_the_specification(artifact: Artifact) -> 
         assert f"| `{field}` |" in section, field
     for field in document["segments"]["trunk_exit1"]:
         assert f"| `segments.<name>.{field}` |" in section, field
+    for field in TunedKernel.__dataclass_fields__:
+        assert f"| `kernels.<name>.{field}` |" in section, field
     for field in GpuKernels.__dataclass_fields__:
         assert f"| `gpu.{field}` |" in section, field
     for name in ("compiled.json", "library.so", "weights.safetensors", "kernels.cubin", "kernels.ptx"):

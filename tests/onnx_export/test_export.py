@@ -157,6 +157,24 @@ def test_features_may_be_the_value_itself():
     assert found["mean"].tobytes() == found["exit2.z"].tobytes()
 
 
+def test_nodes_are_named_by_modules_as_viewers_group_them():
+    program, artifact = exported("identity")
+    modules = {"", *(name for name, _ in program.named_modules())}
+    names = []
+    for segment in artifact.plan.segments:
+        for node in onnx.load_from_string(bytes(artifact.files[graph_path(segment.name)])).graph.node:
+            *path, operator = node.name.removeprefix("/").split("/")
+            assert ".".join(path) in modules
+            assert operator.partition("_")[0] == node.op_type
+            names.append((node.name, node.output[0]))
+    assert len({name for name, _ in names}) == len(set(names))  # a name stands for one node, in whichever segments it is
+    whole = export_static(artifact)
+    assert len({node.name for node in whole.graph.node}) == len(whole.graph.node)
+    assert {node.name.rpartition("/")[0].replace("/", ".")[1:] for node in whole.graph.node if node.op_type == "Conv"} == {
+        name for name, module in program.named_modules() if isinstance(module, nn.Conv2d) and not name.startswith("exit_heads")
+    }
+
+
 def test_a_network_without_exits_is_one_segment():
     _, artifact = exported("plain")
     assert [segment.name for segment in artifact.plan.segments] == ["trunk_final"]

@@ -322,9 +322,14 @@ def test_a_tuned_artifact_answers_as_the_untuned_one_and_a_second_compile_measur
     tuned = compile_artifact(artifact, load_target("host"), trials=trials, database=database, report=lambda done, *_: seen.append(done))
     assert len(seen) == trials
     assert tuned.targets["host"].trials == trials
+    kernels = tuned.targets["host"].kernels
+    assert sum(kernel.trials for kernel in kernels.values()) == trials
+    assert {kernel.calls for kernel in kernels.values()} == {task.calls for task in tasks("depthwise")}
+    assert all(kernel.history[0] == (1, kernel.default_ms) and kernel.chosen_ms <= kernel.default_ms for kernel in kernels.values())
     again: list[int] = []
     second = compile_artifact(artifact, load_target("host"), trials=trials, database=database, report=lambda done, *_: again.append(done))
     assert not again
+    assert second.targets["host"].kernels == kernels  # the history is the database's, whoever measured it
     assert second.files["targets/host/library.so"] == tuned.files["targets/host/library.so"]
     traces = [
         line for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines() if '"trace"' in line and '"seconds": null' not in line

@@ -1,0 +1,1 @@
+"""A video answered as a stream, in which an answer is held while it still holds."""
