@@ -75,7 +75,7 @@ def test_a_revision_follows_from_the_bytes_and_from_nothing_else(artifact: Path,
     _, revision = published
     again = write_repository(artifact, tmp_path / "elsewhere", license="apache-2.0", repository="org/other")
     assert again == revision
-    assert re.fullmatch(r"sha256-[0-9a-f]{16}", revision)
+    assert re.fullmatch(r"sha256-[0-9a-f]{64}", revision)
     other = fresh_artifact().save(tmp_path / "other.exitify")
     assert write_repository(other, tmp_path / "other") != revision
 
@@ -128,7 +128,7 @@ def test_a_folder_with_another_artifact_than_the_revision_says_is_refused(publis
     folder, revision = published
     fresh_artifact().save(folder / "net.exitify")
     load(str(folder))
-    with pytest.raises(AlteredFile, match=rf"holds sha256-[0-9a-f]{{16}}, not {revision}"):
+    with pytest.raises(AlteredFile, match=rf"holds sha256-[0-9a-f]{{64}}, not {revision}"):
         load(f"{folder}@{revision}")
 
 
@@ -181,8 +181,8 @@ def test_the_hub_is_asked_for_that_file_of_that_repository_at_that_revision(revi
 def test_what_comes_from_the_hub_is_held_against_the_revision(published: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = published
     monkeypatch.setattr(loading, "hf_hub_download", lambda *arguments, **options: str(folder / "net.exitify"))
-    with pytest.raises(AlteredFile, match="hf://org/digits@sha256-0000000000000000 holds sha256-"):
-        load("hf://org/digits@sha256-0000000000000000")
+    with pytest.raises(AlteredFile, match=f"hf://org/digits@sha256-{'0' * 64} holds sha256-"):
+        load(f"hf://org/digits@sha256-{'0' * 64}")
 
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError("no network"), HFValidationError("no such name"), OSError("no space")])
@@ -300,7 +300,7 @@ def test_the_commands_of_the_readme_run_as_they_stand_without_torch(artifact: Pa
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
     address, plain, by_revision, _, answered = printed
-    assert re.fullmatch(r"hub/digits@sha256-[0-9a-f]{16}\n", address)
+    assert re.fullmatch(r"hub/digits@sha256-[0-9a-f]{64}\n", address)
     assert plain == by_revision
     assert f"model {example_artifact().manifest.model_id}; exits exit1, exit2, final; profiles default, thrifty\n" == plain
     assert re.fullmatch(rf"{re.escape(plain)}digit\.png: digit \d, [01]\.\d{{3}}, at (exit1|exit2|final)\n", answered)

@@ -1,7 +1,7 @@
 """An artifact from a repository of the Hub or a folder that looks like one, checked; and its answers to pictures. No torch.
 
 python -m examples.hub.load hub/digits
-python -m examples.hub.load hf://ORG/NAME@sha256-0123456789abcdef --model-id ID picture.png
+python -m examples.hub.load hf://ORG/NAME@sha256-0123... --model-id ID picture.png
 """
 
 from __future__ import annotations

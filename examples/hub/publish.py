@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from examples.hub.revisions import FILE, revision_of
 from exitify import Artifact, ExitifyError
-from exitify.files import written_whole
+from exitify.files import NotWritten, written_whole
 from exitify.pictures import format_preprocess
 
 TASK = "image-classification"
@@ -33,7 +33,10 @@ def write_repository(artifact_path: Path, folder: Path, *, license: str | None =
         ArtifactError: it is no whole artifact. NotWritten: the folder cannot be written.
     """
     artifact, revision = Artifact.open(artifact_path), revision_of(artifact_path)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotWritten(f"cannot make the folder {folder}: {error.strerror}", "choose another place") from error
     card = model_card(artifact, folder.name, revision, license=license, repository=repository)
     for name, data in ((FILE, artifact_path.read_bytes()), ("README.md", str(card).encode())):
         with written_whole(folder / name) as stream:

@@ -10,12 +10,12 @@ from exitify.errors import AlteredFile
 
 FILE = "net.exitify"
 """What the artifact is called in a repository."""
-BY_CONTENT = re.compile(r"sha256-[0-9a-f]{16}")
+BY_CONTENT = re.compile(r"sha256-[0-9a-f]{64}")
 
 
 def revision_of(path: Path) -> str:
-    """`sha256-` and the first 16 hexadecimal digits of the file's sha256."""
-    return f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    """`sha256-` and the file's sha256, all of it: of a part of it, whoever publishes could find two files."""
+    return f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def check_revision(path: Path, revision: str, place: str) -> None:

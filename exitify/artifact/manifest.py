@@ -335,7 +335,7 @@ class GpuKernels:
 class TunedKernel:
     """What a search of schedules found for one kernel of a library.
 
-    calls: How often a run of all segments calls it. trials: Candidates measured, those that failed counted.
+    calls: How often a run of all segments on one sample calls it. trials: Candidates measured, those that failed counted.
     history: `(trials, ms)` where the least time of a call so far fell, in the order measured; first the default schedule's.
     chosen_ms: Of the schedule that the library has: the default's where nothing was better by more than noise.
     """

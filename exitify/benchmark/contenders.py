@@ -15,7 +15,7 @@ import numpy as np
 
 from exitify.artifact.artifact import Artifact
 from exitify.benchmark.report import Role
-from exitify.errors import EngineError, ModelError, first_line
+from exitify.errors import EngineError, ModelError, first_line, one_line
 from exitify.runtime.engines import make_engine
 from exitify.runtime.engines.base import Array, Engine
 from exitify.runtime.session import Session
@@ -107,9 +107,19 @@ class InTorch(Contender):
             network = torch.compile(network)
         shape = (1, self.classes)
 
+        def call(given: Array) -> Any:
+            try:
+                return network(torch.from_numpy(given))
+            except Exception as error:  # Inductor's first call compiles, and fails in many ways
+                if not self.is_compiled:
+                    raise
+                raise EngineError(
+                    f"Inductor refuses the network: {one_line(error)}", "it needs a C++ compiler; or leave inductor out of --against"
+                ) from error
+
         def run(given: Array) -> Array:
             with torch.inference_mode():
-                result = network(torch.from_numpy(given))
+                result = call(given)
             scores = (
                 result
                 if isinstance(result, torch.Tensor)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exitify.artifact.manifest import Conditions
+from exitify.benchmark.noise import BLOCK
 from exitify.board.power import Energy
 
 Role = Literal["baseline", "again", "against", "smaller", "artifact"]
@@ -14,6 +15,8 @@ Role = Literal["baseline", "again", "against", "smaller", "artifact"]
 another engine; `smaller`: another network; `artifact`: the artifact."""
 
 
+LEAST_BLOCKS = 6
+"""Of a round: fewer differ too little from their own median to say how far another's would be."""
 QUIET = 0.05
 """Up to such a share of the processors' time, other programs are those that every machine runs."""
 
@@ -100,14 +103,15 @@ class BenchReport:
 
 
 def cells(report: BenchReport) -> tuple[list[str], list[list[str]]]:
-    """The table's columns and rows, as text; memory is left out where it was not measured."""
+    """The table's columns and rows, as text; memory is left out where it was not measured, intervals where a round has too few blocks for one."""
     with_memory = any(timing.rss_mib is not None for timing in report.timings)
     columns = ["", "engine", "accuracy", "mean ms", "p50 ms", "p95 ms", "answers/s", "ratio", "95 % interval", *["RSS MiB"] * with_memory]
     rows = []
     for t in report.timings:
         is_unit = t.role == "baseline"
         row = [t.label, t.engine, percent(t.accuracy, 2), f"{t.mean_ms:.3f}", f"{t.p50_ms:.3f}", f"{t.p95_ms:.3f}", f"{t.throughput:.1f}"]
-        row += ["1", ""] if is_unit else [f"{t.ratio:.3f} ± {percent(t.noise)}", f"{t.interval[0]:.3f} to {t.interval[1]:.3f}"]
+        interval = f"{t.interval[0]:.3f} to {t.interval[1]:.3f}" if report.samples >= LEAST_BLOCKS * BLOCK else ""
+        row += ["1", ""] if is_unit else [f"{t.ratio:.3f} ± {percent(t.noise)}", interval]
         row += ["" if t.rss_mib is None else f"{t.rss_mib:.1f}"] * with_memory
         rows.append(row)
     return columns, rows

@@ -104,4 +104,13 @@ def main() -> None:
     try:
         send("returned", function(*arguments, lambda done: send("told", done)))
     except Exception as error:
-        send("raised", (error, traceback.format_exc()))
+        send("raised", (_portable(error), traceback.format_exc()))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, if it can be read on the other side: many are made from other arguments than they are pickled with. Else what it says."""
+    try:
+        read: Exception = pickle.loads(pickle.dumps(error))  # noqa: S301 - what was written a moment ago
+    except Exception:
+        return WorkerFailed(one_line(error), "the process's own traceback stands above, with -vv")
+    return read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -592,10 +592,8 @@ def cross_fit(
     full_right = (full == outputs.labels).astype(float)
     answers, exits = np.zeros((len(path), count), np.int32), np.zeros((len(path), count), np.int16)
     cost, macs = (np.zeros((len(path), count)) for _ in range(2))
-    folds = np.array_split(np.random.default_rng(seed).permutation(count), FOLDS)
-    for fold in folds:
-        others = np.setdiff1d(np.arange(count), fold)
-        for step, thresholds in enumerate([nothing, *path_of(recorded.select(others))]):
+    for fold, found in by_folds(recorded, path_of, seed):
+        for step, thresholds in enumerate(found):
             taken = exits_taken(recorded.confidence[:, fold], thresholds)
             answers[step, fold], exits[step, fold] = predictions[taken, fold], taken
             cost[step, fold] = recorded.cost(thresholds)[taken]
@@ -609,6 +607,13 @@ def cross_fit(
         _errors(outputs, policy, seed), float(full_right.mean()),
     )  # fmt: skip
     return path, held_out, temperatures
+
+
+def by_folds(recorded: Recorded, path_of: Path, seed: int) -> Iterator[tuple[NDArray[np.intp], list[NDArray[np.float64]]]]:
+    """Each part of the samples, and the path that the others have, its first step no exit at all."""
+    count = recorded.confidence.shape[1]
+    for fold in np.array_split(np.random.default_rng(seed).permutation(count), FOLDS):
+        yield fold, [np.full(len(recorded.confidence), NEVER), *path_of(recorded.select(np.setdiff1d(np.arange(count), fold)))]
 
 
 def settled(

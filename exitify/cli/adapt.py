@@ -70,7 +70,7 @@ def adapt(
         loading = f"LearningSession.load({str(artifact)!r}, state={str(state)!r})"
         show.done(f"Wrote {state}.", f"Next: `exitify state log {artifact} {state}`; in a service: {loading}")
     else:
-        print("Nothing was written: give --state to keep what was learnt.")
+        show.done("Nothing was written.", "Give --state to keep what was learnt.")
     show.python_call(
         show.call("exitify.LearningSession.load", repr(str(artifact)), state=(str(state) if state else None, None), engine=(engine, "auto"),
                   profile=(profile, None), threads=(threads, 1)) + ".run(x)"

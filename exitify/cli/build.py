@@ -289,10 +289,10 @@ def train(
     if opened.profiles:
         print(f"Dropped the profiles {', '.join(opened.profiles)}: they were calibrated for other heads.")
     if opened.masks is not None:
-        print("Dropped what was measured of masks: `exitify calibrate --budget-ms` measures it again.")
+        show.done("Dropped what was measured of masks.", "`exitify calibrate --budget-ms` measures it again.")
     for name, library in trained.targets.items():
         if source_hashes(trained, library.segments) != library.sources:
-            print(f"The library for {name} was compiled from other heads: `exitify compile {output or artifact} --target {name}`")
+            show.done(f"The library for {name} was compiled from other heads.", f"Again: `exitify compile {output or artifact} --target {name}`")
     show.done(f"Wrote {output or artifact}.", f"Next: `exitify calibrate {output or artifact} --data DIR --max-drop 0.005`")
     how = show.call("HeadTraining", epochs=(epochs, 20), copies=(copies, 4), augmentation=(augment, "auto"), distillation=(distillation, 0.9),
                     learning_rate=(learning_rate, 0.05), seed=(seed, 0), method=(method or "distillation", "distillation"),

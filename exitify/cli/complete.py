@@ -44,6 +44,11 @@ def profile(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in (*_names(ctx, "profiles/", ".json"), "none") if name.startswith(incomplete)]
 
 
+def stored_profile(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The same without `none`, which takes no exit."""
+    return [name for name in _names(ctx, "profiles/", ".json") if name.startswith(incomplete)]
+
+
 def times(ctx: typer.Context, incomplete: str) -> list[str]:
     """A record of times in the artifact that stands before."""
     return [name for name in _names(ctx, "times/", ".json") if name.startswith(incomplete)]

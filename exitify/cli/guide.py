@@ -42,17 +42,17 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "export": (
         "exitify export net.exitify -o whole.onnx",
-        "exitify export net.exitify --exit 2 -o small.onnx",
+        "exitify export net.exitify --exit 1 -o small.onnx",
     ),
     "inspect": (
         "exitify inspect net.exitify",
-        "exitify inspect net.exitify --html report.html --data held_out/",
+        "exitify inspect net.exitify --html report.html --data unseen/",
         "exitify inspect net.exitify --plots figures/",
     ),
     "bench": (
-        "exitify bench net.exitify --data held_out/",
-        "exitify bench net.exitify --data held_out/ --against onnxruntime,torch,inductor --model torchvision:resnet18",
-        "exitify bench net.exitify --data held_out/ --smaller small.onnx --markdown table.md",
+        "exitify bench net.exitify --data unseen/",
+        "exitify bench net.exitify --data unseen/ --against onnxruntime,torch,inductor --model torchvision:resnet18",
+        "exitify bench net.exitify --data unseen/ --smaller small.onnx --markdown table.md",
     ),
     "measure": ("exitify measure net.exitify --engine tvm",),
     "run": (

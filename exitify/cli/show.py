@@ -59,8 +59,13 @@ def call(function: str, *arguments: str, **options: tuple[object, object]) -> st
 
 def python_call(text: str) -> None:
     """Print the Python that does the same, unless -q."""
+    advise(f"In Python: {text}")
+
+
+def advise(text: str) -> None:
+    """Print what is no result but helps to go on, unless -q."""
     if not chosen().quiet:
-        say(f"In Python: {text}")
+        say(text)
 
 
 def done(text: str, advice: str) -> None:

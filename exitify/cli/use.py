@@ -92,7 +92,7 @@ def run(
     if budget_ms is not None:
         print(f"Left out: {session.mask}.")
     elif in_use is None and session.artifact.plan.exits and not stops_by_itself:
-        print("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
+        show.advise("No profile is in use, so no exit was taken: `exitify calibrate` makes one.")
     loading = show.call("exitify.Session.load", repr(str(artifact)), engine=(engine, "auto"), profile=(profile, None), threads=(threads, 1))
     if budget_ms is not None or (exit_name is not None and batch > 1):
         using = show.call("session.use", profile=(profile, None), budget_ms=(budget_ms, None), exit=(exit_name, None))
@@ -179,7 +179,10 @@ def bench(
     opened = Artifact.open(artifact)
     loaded = load_samples(data, opened.manifest.input, classes=opened.plan.classes)
     contenders = against.split(",") if against else []
-    module = original_module(opened, model, trust) if {"torch", "inductor"} & set(contenders) else None
+    needs_model = bool({"torch", "inductor"} & set(contenders))
+    if model is not None and not needs_model:
+        raise DataError("--model is for timing against torch and inductor", "give --against torch with it, or leave it out")
+    module = original_module(opened, model, trust) if needs_model else None
     with progress_bar() as progress:
         report = time_all(
             opened, loaded, against=contenders, smaller=smaller, profile=profile, engine=engine, threads=threads, most=samples, rounds=rounds,
@@ -198,7 +201,8 @@ def bench(
     if markdown is not None:
         show.say(f"Wrote {markdown}.")
     opening = show.call("exitify.Artifact.open", repr(str(artifact)))
-    timing = show.call("exitify.bench", opening, "samples", against=(tuple(contenders), ("onnxruntime",)), smaller=(smaller and str(smaller), None),
+    given = [opening, "samples", *(["model=module"] if needs_model else [])]
+    timing = show.call("exitify.bench", *given, against=(tuple(contenders), ("onnxruntime",)), smaller=(smaller and str(smaller), None),
                        profile=(profile, None), engine=(engine, "auto"), threads=(threads, 1), most=(samples, 500), rounds=(rounds, 5),
                        memory=(memory, True), energy=(energy, False))  # fmt: skip
     show.python_call(timing)
@@ -263,9 +267,11 @@ def inspect(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="With --html or --plots: the profile to show; by default 'default', else the newest.", autocompletion=complete.profile),
+        typer.Option(
+            help="With --html or --plots: the profile to show; by default 'default', else the newest.", autocompletion=complete.stored_profile
+        ),
     ] = None,
-    engine: Annotated[str, typer.Option(help="With --data: what answers and is timed, as for `run`.")] = "auto",
+    engine: Annotated[str, typer.Option(help="With --data: what answers, and is timed where no times are stored; as for `run`.")] = "auto",
     threads: Annotated[int, THREADS] = 1,
     json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -306,14 +312,19 @@ def _report(
     if as_json:
         show.as_json({"written": [str(path) for path in written], "profile": report.profile_name})
         return
-    size = sum(path.stat().st_size for path in written)
-    print(f"Wrote {html if html is not None else ', '.join(str(path) for path in written)}, {size / 1024:.0f} KiB.")
+    for path in written:
+        show.say(f"Wrote {path}, {path.stat().st_size / 1024:.0f} KiB.")
+    if plots is not None and not list(plots.iterdir()):
+        show.say(f"There is nothing to draw in {plots}.")
     if report.evidence is None:
-        print("It shows what the network is, and not what it does: calibrate it, or give --data.")
+        show.advise("It shows what the network is, and not what it does: give --data.")
     gathering = show.call("exitify.inspect", show.call("exitify.Artifact.open", repr(str(artifact))), *(["samples"] if data else []),
                           profile=(profile, None), engine=(engine, "auto"), threads=(threads, 1))  # fmt: skip
-    saving = f".save({str(html)!r}, {artifact.name!r})" if html is not None else f".save_plots({str(plots)!r})"
-    show.python_call(gathering + saving)
+    saving = [
+        *([f"save({str(html)!r}, {artifact.name!r})"] if html is not None else []),
+        *([f"save_plots({str(plots)!r})"] if plots is not None else []),
+    ]
+    show.python_call(f"{gathering}.{saving[0]}" if len(saving) == 1 else f"report = {gathering}; " + "; ".join(f"report.{step}" for step in saving))
 
 
 def targets(json: Annotated[bool, JSON] = False) -> None:

@@ -54,7 +54,7 @@ def choose(verbose: int, quiet: bool) -> None:
     global _chosen
     _chosen = Output(verbose, quiet)
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
-    logging.getLogger("exitify").setLevel(logging.INFO if verbose else logging.NOTSET)
+    logging.getLogger("exitify").setLevel(logging.INFO if verbose and not quiet else logging.NOTSET)
 
 
 class Formatter(logging.Formatter):
@@ -123,18 +123,18 @@ class _Lines:
     """Progress for a file: a line now and then. With -v each stage says when it is done, and how long it took."""
 
     def __init__(self) -> None:
-        self.stage = ""
+        self.stage, self.first = "", 0
         self.began = self.said = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int, text: str = "") -> None:
         now = time.monotonic()
         if stage != self.stage:
             self.end()
-            self.stage, self.began, self.said = stage, now, now
-        if now - self.said < EVERY or not 0 < done < total or _chosen.quiet:
+            self.stage, self.first, self.began, self.said = stage, done, now, now  # work that goes on does not begin at 0
+        if now - self.said < EVERY or not self.first < done < total or _chosen.quiet:
             return
         self.said = now
-        left = (now - self.began) / done * (total - done)
+        left = (now - self.began) / (done - self.first) * (total - done)
         print(f"exitify: {time.strftime('%H:%M:%S')}: {text or stage}, {done} of {total}, {_duration(left)} left", file=sys.stderr, flush=True)
 
     def end(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,11 +23,11 @@ from exitify.lower.library import Kernels, build, lower_segments, scheduled_by_d
 from exitify.lower.linking import link_with, linker
 from exitify.lower.nvrtc import Compiler, compiler_for
 from exitify.lower.processors import Machine, machine_of
-from exitify.lower.tuning.database import Database, Known, choice_text, default_folder
+from exitify.lower.tuning.database import Choice, Database, Known, choice_text, default_folder
 from exitify.lower.tuning.measure import LocalRunner, Runner
 from exitify.lower.tuning.search import Report, tune, unheard
 from exitify.lower.tuning.space import apply
-from exitify.lower.tuning.tasks import task_key, tasks_of
+from exitify.lower.tuning.tasks import calls_of, task_key, tasks_of
 from exitify.lower.verify import engine_errors, segment_errors
 from exitify.progress import Progress, silent
 from exitify.runtime.engines import make_engine
@@ -226,26 +227,34 @@ def _schedules(
         finally:
             measuring.close()
     known = {task.key: database.read(task.key) for task in tasks}
+    calls: Counter[str] = Counter()
+    applied: dict[str, Choice | None] = {}
+    in_a_run = calls_of(kernels.module, kernels.weights)
     for name, kernel in kernels.kernels.items():
-        best = known[task_key(kernel, machine)].best
+        key = task_key(kernel, machine)
+        calls[key] += in_a_run[name]
+        best = known[key].best
         if best is not None:
             with contextlib.suppress(Exception):  # measured for schedules of another release
                 scheduled[name] = apply(kernel, best, machine)
-    tuned = {task.name: found for task in tasks if (found := _found(known[task.key], task.calls)) is not None}
+                applied[key] = best
+    tuned = {task.name: found for task in tasks if (found := _found(known[task.key], calls[task.key], applied.get(task.key))) is not None}
     return scheduled, sum(found.trials for found in known.values()), tuned
 
 
-def _found(known: Known, calls: int) -> TunedKernel | None:
-    """What the database holds of a kernel, for people; None where its default was not measured, or did not run."""
+def _found(known: Known, calls: int, chosen: Choice | None) -> TunedKernel | None:
+    """What the database holds of a kernel, for people; None where its default did not run, or no run of one sample calls it."""
     default = known.seconds.get(choice_text(None), math.inf)
-    if not math.isfinite(default):
+    if not math.isfinite(default) or not calls:
         return None
     history = [(1, default * 1e3)]  # measured first, though on several boards at once others may be done before it
     others = (seconds for text, seconds in known.seconds.items() if text != choice_text(None))
     for trial, seconds in enumerate(others, 2):
         if seconds * 1e3 < history[-1][1]:
             history.append((trial, seconds * 1e3))
-    return TunedKernel(calls, known.trials, tuple(history), known.seconds.get(choice_text(known.best), default) * 1e3)
+    # Where folders of several machines were put together, a later reading of the chosen one may be outside of what it was chosen by.
+    chosen_ms = min(max(known.seconds.get(choice_text(chosen), default) * 1e3, history[-1][1]), history[0][1])
+    return TunedKernel(calls, known.trials, tuple(history), chosen_ms)
 
 
 def _stand_in(kernels: Kernels, scheduled: Mapping[str, tirx.PrimFunc], machine: Machine | GpuMachine) -> relax.VMExecutable:

@@ -25,7 +25,7 @@ class Evidence:
     outputs: Logits of every exit under the profile's mask, and labels.
     samples: Those that were given; None where the artifact's own memory of its calibration stands for them.
     temperatures: Of every exit, the network's own last: the profile's; fitted to these samples where there is no profile.
-    are_those_calibrated_on: Whether thresholds and temperatures were found on these samples, which flatters them a little.
+    are_those_calibrated_on: Whether thresholds or temperatures were found on these samples, or may have been, which flatters them a little.
     """
 
     outputs: Outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,10 @@ def saved(draw: Draw, kind: str, *, ink: str = "") -> bytes:
         kind: `svg` or `png`. ink: In an SVG, the colour of text and axes: `currentColor` takes that of the page around it.
     """
     stream = io.BytesIO()
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes in a PNG; a page has its own fonts
+        mpl.rcdefaults()  # nothing of the user's: the same figure is the same file
+        mpl.rcParams.update(STYLE)
         figure = draw()
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(stream, format=kind, dpi=300, bbox_inches="tight", transparent=kind == "svg", metadata=metadata)
@@ -81,7 +85,7 @@ def figures_of(report: Report) -> dict[str, Draw]:
     if masks is not None and len(masks.masks) > 1:
         found["masks"] = partial(accuracy_by_mask, masks)
     for name, compiled in report.artifact.targets.items():
-        if compiled.kernels:
+        if slowest(compiled.kernels):
             found[f"tuning_{name}"] = partial(tuning, compiled.kernels)
     return found
 
@@ -96,7 +100,7 @@ def accuracy_by_cost(report: Report) -> Figure:
     """What a mean answer costs, and how often it is right: other thresholds, the profile's, one exit for all, the whole network."""
     assert report.front is not None
     assert report.evidence is not None
-    curve, plan, times = report.front, report.artifact.plan, report.times
+    curve, times = report.front, report.times
     figure, axes = _figure()
     cost = curve.macs if curve.ms is None else curve.ms
     steps = pareto(cost, curve.accuracy)
@@ -109,10 +113,11 @@ def accuracy_by_cost(report: Report) -> Figure:
     axes.plot([1.0 if times is None else times.whole_ms], [whole], "s", color=INK, ms=6, label="the network without exits")
     done, right_ones = report.behaviour, [whole]
     if done is not None:
-        at = done.mean_macs if done.ms is None else done.mean_ms()
         # The samples that thresholds were found on flatter them: there the loss that calibration estimated stands for theirs.
         promise = report.profile.promise if report.profile is not None and report.evidence.are_those_calibrated_on else None
         accuracy = done.accuracy if promise is None else whole - (promise.full_accuracy - promise.accuracy)
+        macs = done.mean_macs if promise is None else promise.mean_macs_share
+        at = macs if done.ms is None else done.mean_ms()
         axes.plot([at], [accuracy], "*", color=ACCENT, ms=13, mec="white", mew=0.7, label=f"profile {report.profile_name}", zorder=5)
         right_ones.append(accuracy)
     lowest = max(min(float(curve.accuracy[steps].min()), *right_ones), min(right_ones) - 0.12)
@@ -126,8 +131,7 @@ def accuracy_by_cost(report: Report) -> Figure:
         axes.set_xlabel("mean cost, of the network's multiply-adds")
     else:
         axes.set_xlabel(f"mean time of an answer in ms ({times.engine}, {_threads(times.threads)})")
-    axes.legend(loc="lower right", fontsize=8)
-    assert plan.exits
+    axes.legend(loc="best", fontsize=8)
     return figure
 
 
@@ -238,8 +242,9 @@ def accuracy_by_mask(masks: MaskTable) -> Figure:
 
 
 def slowest(kernels: Mapping[str, TunedKernel], most: int = MOST_KERNELS) -> Sequence[tuple[str, TunedKernel]]:
-    """Kernels that take most of a run by their default schedules."""
-    return sorted(kernels.items(), key=lambda item: -item[1].calls * item[1].default_ms)[:most]
+    """Of the kernels that leave a choice, those that take most of a run by their default schedules."""
+    searched = [(name, kernel) for name, kernel in kernels.items() if kernel.trials > 1]
+    return sorted(searched, key=lambda item: -item[1].calls * item[1].default_ms)[:most]
 
 
 def tuning(kernels: Mapping[str, TunedKernel]) -> Figure:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitify.artifact.manifest import Policy, SegmentTimes
-from exitify.calibration.calibrate import FOLDS, LOOK_BACK, Gates, excess_error, recorded_outputs
+from exitify.calibration.calibrate import LOOK_BACK, Gates, by_folds, excess_error, recorded_outputs
 from exitify.calibration.segment_times import run_times
 from exitify.calibration.thresholds import NEVER, exits_taken, price_path
 from exitify.plan import Plan
@@ -36,13 +36,11 @@ def front(plan: Plan, evidence: Evidence, policy: Policy, gates: Gates = (), tim
     """
     outputs, temperatures = evidence.outputs, evidence.temperatures
     recorded = recorded_outputs(outputs, temperatures, plan, policy, excess_error(outputs, temperatures), gates=gates)
-    path_of = LOOK_BACK.get(policy, price_path)
     right = outputs.logits.argmax(axis=2) == outputs.labels
     full_right = outputs.full.argmax(axis=1) == outputs.labels
     count, names = len(outputs.labels), [point.name for point in plan.exits]
     lost, macs, ms = [], [], []
-    for fold in np.array_split(np.random.default_rng(seed).permutation(count), FOLDS):
-        path = [np.full(len(names), NEVER), *path_of(recorded.select(np.setdiff1d(np.arange(count), fold)))]
+    for fold, path in by_folds(recorded, LOOK_BACK.get(policy, price_path), seed):
         lost.append(np.empty((len(path), len(fold))))
         macs.append(np.empty((len(path), len(fold))))
         ms.append(np.empty((len(path), len(fold))))

@@ -43,7 +43,7 @@ def gallery(evidence: Evidence, done: Behaviour, each: int = EACH) -> dict[int, 
     found: dict[int, tuple[list[Shown], list[Shown]]] = {}
     for exit_number in np.unique(done.taken):
         here = np.flatnonzero(done.taken == exit_number)
-        ranked = here[np.argsort(-done.sureness[here], kind="stable")]
+        ranked = here[np.lexsort((-done.probability[here], -done.sureness[here]))]  # a policy that counts has many alike
         picked = ranked[:each], ranked[each:][::-1][:each]  # none in both
         easiest, hardest = (
             [Shown(_data_uri(samples.pixels([row])[0]), int(done.labels[row]), int(done.answers[row]), float(done.probability[row])) for row in rows]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from exitify.artifact.manifest import Compiled
 from exitify.plan import FINAL, Plan, Segment
@@ -42,19 +42,20 @@ class Block:
 class Row:
     """A line of the list of segments.
 
-    kind: `trunk`, `block`, or `exit`. share: Of the network's multiply-adds. reached: What a run has spent behind it, heads that run counted.
-    ms: Alone; None where segments were not timed. is_on: Whether the profile runs it. note: What a reader must know of it.
+    kind: `trunk`, `block`, or `exit`. share: Of the network's multiply-adds. reached: Of an exit: what a run that ends there has spent, heads that
+    run counted; of one that is off, what it would. ms: Alone; None where segments were not timed. is_on: Whether the profile runs it, or asks it.
+    note: What a reader must know of it. asked: When an exit is taken, or why it is never.
     leaves, comes_by: Shares of the samples. right: Of those that leave there. colour: The exit's.
     """
 
     name: str
     kind: str
     share: float
-    reached: float
     ms: float | None
     is_on: bool = True
     note: str = ""
-    threshold: str = ""
+    reached: float = 0.0
+    asked: str = ""
     leaves: float | None = None
     comes_by: float | None = None
     right: float | None = None
@@ -76,7 +77,7 @@ class ClassRow:
 def render(report: Report, title: str) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "millions": millions, "size": size, "ms": milliseconds}
+    environment.filters |= {"percent": percent, "millions": millions, "size": size, "ms": milliseconds, "breakable": breakable}
     here = importlib.resources.files("exitify.report")
     plan = report.artifact.plan
     colours = figures.exit_colours(len(plan.exit_names))
@@ -99,6 +100,7 @@ def render(report: Report, title: str) -> str:
         blocks=blocks(report),
         rows=rows(report, colours),
         classes=classes(report) if report.behaviour is not None else [],
+        present=len(figures.classes_by_cost(report)) if report.behaviour is not None else 0,
         class_name=partial(figures.class_name, report),
         gallery=gallery(report.evidence, report.behaviour) if report.evidence is not None and report.behaviour is not None else {},
         drawings=drawings(report),
@@ -152,13 +154,11 @@ def leaving(report: Report) -> list[str]:
 
 def blocks(report: Report) -> list[Block]:
     """The network from left to right, as wide as what it costs and as high as how many samples run it."""
-    plan, profile = report.artifact.plan, report.profile
-    names = profile.enabled if profile is not None else plan.exit_names
-    mask = report.evidence.outputs.mask if report.evidence is not None else (plan.mask(profile.skip) if profile is not None and plan.skips else ())
+    plan = report.artifact.plan
     left, found = 1.0, []
     numbers = {plan.head(point).name: number for number, point in enumerate(plan.exits)}
     shares = dict(zip(plan.exit_names, report.behaviour.shares())) if report.behaviour is not None else {}
-    for stretch in plan.stretches(names, mask or None):
+    for stretch in plan.stretches(enabled(report), mask_of(report)):
         for name in stretch.segments:
             segment = plan.segment(name)
             if not (segment.kind == "block" and segment.follows in stretch.skipped):
@@ -167,40 +167,64 @@ def blocks(report: Report) -> list[Block]:
     return found
 
 
+def enabled(report: Report) -> tuple[str, ...]:
+    """Exits that are asked: the profile's; without one the network's own alone."""
+    return report.profile.enabled if report.profile is not None else (FINAL,)
+
+
+def mask_of(report: Report) -> str | None:
+    """What the profile leaves out."""
+    return report.profile.skip if report.profile is not None and report.artifact.plan.skips else None
+
+
 def rows(report: Report, colours: Sequence[str]) -> list[Row]:
     """Segments and exits in the order in which a run comes to them."""
-    plan, profile, done, times = report.artifact.plan, report.profile, report.behaviour, report.times
-    heads = {plan.head(point).name: point for point in plan.exits}
-    is_left_out = {path.name for path in plan.left_out(profile.skip)} if profile is not None and plan.skips else set()
+    plan, done, times, mask = report.artifact.plan, report.behaviour, report.times, mask_of(report)
+    heads = {plan.head(point).name: number for number, point in enumerate(plan.exits)}
+    left_out = {path.name for path in plan.left_out(mask)}
+    runs = {name for stretch in plan.stretches(enabled(report), mask) for name in stretch.segments}
+    reach = plan.macs_at(enabled(report), mask)
     shares = done.shares() if done is not None else None
-    spent, comes_by, found = 0, 1.0, []
+    comes_by, found = 1.0, []
     for segment in plan.segments:
         ms = times.segments[segment.name] if times is not None else None
-        share, point = segment.cost.macs / plan.full_macs, heads.get(segment.name)
-        if point is None:
-            is_on = not (segment.kind == "block" and segment.follows in is_left_out)
-            spent += segment.cost.macs if is_on else 0
-            found.append(Row(segment.name, segment.kind, share, spent / plan.full_macs, ms, is_on, _holds(plan, segment)))
+        share, number = segment.cost.macs / plan.full_macs, heads.get(segment.name)
+        if number is None:
+            is_on = segment.name in runs and not (segment.kind == "block" and segment.follows in left_out)
+            found.append(Row(segment.name, segment.kind, share, ms, is_on, _holds(plan, segment)))
             continue
-        number = plan.exits.index(point)
-        setting = profile.exits[point.name] if profile is not None else None
-        is_on = setting is None or setting.enabled
-        spent += segment.cost.macs if is_on else 0
+        point = plan.exits[number]
+        is_on = point.name in reach
         leaves = float(shares[number]) if shares is not None else None
-        right = _right_at(done, number) if done is not None else None
-        threshold = f"{setting.threshold:.4g}" if setting is not None and setting.enabled else ""
         found.append(
-            Row(point.name, "exit", share, spent / plan.full_macs, ms, is_on, f"after {point.place}", threshold, leaves,
-                comes_by if shares is not None else None, right, colours[number])
+            Row(
+                point.name, "exit", share, ms, is_on, f"after {point.place}",
+                (reach if is_on else plan.macs_at([point.name], mask))[point.name] / plan.full_macs,
+                _asked(report, point.name, is_run=segment.name in runs), leaves, comes_by if shares is not None else None,
+                _right_at(done, number), colours[number],
+            )
         )  # fmt: skip
         comes_by -= leaves or 0.0
-    if shares is not None and done is not None:
-        number = len(plan.exits)
-        found.append(Row(FINAL, "exit", 0.0, spent / plan.full_macs, None, True, "the network's own answer", "", float(shares[number]),
-                         comes_by, _right_at(done, number), colours[number]))  # fmt: skip
-    else:
-        found.append(Row(FINAL, "exit", 0.0, spent / plan.full_macs, None, True, "the network's own answer", colour=colours[-1]))
+    last = len(plan.exits)
+    found.append(
+        Row(
+            FINAL, "exit", 0.0, None, True, "the network's own answer", reach[FINAL] / plan.full_macs, "",
+            float(shares[last]) if shares is not None else None, comes_by if shares is not None else None, _right_at(done, last), colours[last],
+        )
+    )  # fmt: skip
     return found
+
+
+def _asked(report: Report, exit_name: str, *, is_run: bool) -> str:
+    """When an exit is taken; or why it is never."""
+    if report.profile is None:
+        return "not asked without a profile"
+    setting, policy = report.profile.exits[exit_name], report.profile.policy
+    if not setting.enabled:
+        return "off, but its head is run: a later one reads what it says" if is_run else "off: its head is not run"
+    if policy in ("entropy", "renyi_entropy"):  # their scores are turned round, so that higher is surer
+        return f"stops at an entropy ({policy}) of {-setting.threshold:.6g} or less"
+    return f"stops at a score ({policy}) of {setting.threshold:.6g} or more"
 
 
 def _holds(plan: Plan, segment: Segment) -> str:
@@ -212,8 +236,10 @@ def _holds(plan: Plan, segment: Segment) -> str:
     return f"up to {ends[0]}" if ends else ""
 
 
-def _right_at(done: Behaviour, number: int) -> float | None:
-    """Share of right answers among samples that leave at an exit; None where none do."""
+def _right_at(done: Behaviour | None, number: int) -> float | None:
+    """Share of right answers among samples that leave at an exit; None where none do, or nobody knows."""
+    if done is None:
+        return None
     here = done.taken == number
     return float(done.right[here].mean()) if here.any() else None
 
@@ -266,13 +292,19 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def millions(macs: float) -> str:
-    """Multiply-adds in millions, or in thousands of them."""
+    """Multiply-adds in millions, or in thousands of millions."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
 
 
 def milliseconds(ms: float) -> str:
-    """A time, with as many digits as it is worth."""
-    return f"{ms:.2f} ms" if ms >= 1 else f"{ms * 1e3:.0f} µs"
+    """A time, with as many digits as it is worth, on one line."""
+    number, unit = (f"{ms:.2f}", "ms") if ms >= 1 else (f"{ms * 1e3:.0f}" if ms >= 0.01 else f"{ms * 1e3:.1f}", "µs")
+    return f"{number}\N{NARROW NO-BREAK SPACE}{unit}"
+
+
+def breakable(name: str) -> Markup:
+    """A long name that a line may end within, behind each underscore."""
+    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def size(count: int) -> str:

@@ -103,7 +103,7 @@ def inspect(
         engine, threads: What answers and is timed, with samples.
 
     Raises:
-        UnknownProfile: there is none of that name.
+        UnknownProfile: there is none of that name. ExitifyError: samples are given, and the heads are untrained.
     """
     profiles = artifact.profiles
     name = profile or (USUAL if USUAL in profiles else next(reversed(profiles), None))
@@ -117,7 +117,6 @@ def inspect(
         times = times or measure_segments(artifact, engine=engine, threads=threads, progress=progress)
     elif artifact.manifest.heads_trained:
         evidence = remembered(artifact, chosen)
-    progress("drawing", 0, 1)
     done, curve = None, None
     calibrated: dict[str, tuple[Reliability, Reliability]] = {}
     if evidence is not None:

@@ -119,3 +119,19 @@ def test_an_interruption_leaves_no_process_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         call_alone(write_and_wait, tmp_path / "pid", tell=press)
     assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+class TwoArguments(Exception):
+    """Made from more than it is pickled with, as torch's own errors of compilers are."""
+
+    def __init__(self, backend: str, inner: str) -> None:
+        super().__init__(f"{backend}: {inner}")
+
+
+def fails_so(_: object) -> None:
+    raise TwoArguments("inductor", "no C++ compiler")
+
+
+def test_an_error_that_cannot_be_read_here_is_told_in_words() -> None:
+    with pytest.raises(WorkerFailed, match="TwoArguments: inductor: no C\\+\\+ compiler"):
+        call_alone(fails_so)

@@ -54,7 +54,7 @@ def test_a_person_reads_what_was_decided_and_what_it_changed(shelf: Path) -> Non
         "in use",
         "before",
         "after",
-        "Nothing was written: give --state",
+        "Nothing was written. Give --state",
         "exitify.LearningSession.load(",
     ):
         assert said in done.out, said

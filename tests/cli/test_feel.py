@@ -167,6 +167,10 @@ def test_verbose_tells_the_stages_and_very_verbose_where_an_error_came_from(fold
     assert traced.err.splitlines()[-2].startswith("exitify: cannot open absent.exitify")
 
 
+def test_quiet_is_stronger_than_verbose(folder: Path) -> None:
+    assert exitify(*CALIBRATE, "-q", "-v", folder=folder).err == ""
+
+
 def test_one_command_after_another_has_its_own_choice(folder: Path) -> None:
     exitify(*CALIBRATE, "-q", folder=folder)
     assert "In Python: " in exitify(*CALIBRATE, folder=folder).out
@@ -231,6 +235,17 @@ def test_in_a_log_file_long_work_says_now_and_then_how_far_it_is(monkeypatch: py
         "exitify: TIME: recording, 60 of 100, 40 s left",
         "exitify: TIME: recording, 80 of 100, 20 s left",
     ]
+
+
+def test_in_a_log_file_work_that_goes_on_reckons_by_what_is_done_now(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(verbosity.time, "monotonic", lambda: now[0])
+    verbosity.choose(0, quiet=False)
+    with verbosity.progress_bar() as progress:
+        for done in range(80, 101):
+            now[0] = 10.0 * (done - 80)
+            progress("recording", done, 100)
+    assert "recording, 82 of 100, 3 min left" in capsys.readouterr().err.splitlines()[0]
 
 
 def test_in_a_log_file_short_work_and_quiet_work_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

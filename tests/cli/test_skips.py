@@ -143,7 +143,7 @@ def test_training_heads_again_drops_what_was_measured_of_masks(folder, tmp_path)
     )
     artifact.with_masks(table).save(copy)
     done = exitify("train", copy, "--data", "data.npz", "--epochs", 1, "--copies", 1, folder=folder)
-    assert "Dropped what was measured of masks: `exitify calibrate --budget-ms` measures it again." in done.out.splitlines()
+    assert "Dropped what was measured of masks. `exitify calibrate --budget-ms` measures it again." in done.out.splitlines()
     assert Artifact.open(copy).masks is None
 
 

@@ -24,10 +24,10 @@ from tests.digits import artifact_without_exits, fresh_artifact, samples_of, tra
 from tests.report.reports import calibrated, with_samples, without_samples
 from tests.skipping import MASKS, skipping
 
-EMPTY = {"meta", "link", "img", "br"}
+EMPTY = {"meta", "link", "img", "br", "wbr"}
 KERNELS = {
     "conv2d_add_relu": TunedKernel(9, 40, ((1, 0.020), (4, 0.017), (30, 0.012)), 0.012),
-    "dense": TunedKernel(1, 3, ((1, 0.001),), 0.001),
+    "dense": TunedKernel(1, 1, ((1, 0.001),), 0.001),
 }
 
 
@@ -73,7 +73,7 @@ def reports() -> dict[str, Report]:
     """One of every kind."""
     _, skips = skipping()
     masked = skips.with_masks(masks_of(skips)).with_profile("default", replace(profile_for(skips, {"exit1": 0.9}), skip="010"))
-    tuned = with_library(calibrated(), kernels=KERNELS, trials=43)
+    tuned = with_library(calibrated(), kernels=KERNELS, trials=41)
     not_kept = calibrated().profile("default")
     not_kept = replace(not_kept, promise=replace(not_kept.promise, kept=False))
     return {
@@ -140,7 +140,7 @@ def test_a_strangers_names_are_text_and_nothing_else() -> None:
     artifact = calibrated()
     classes = tuple(f"{evil}{i}" for i in range(10))
     named = replace(artifact, manifest=replace(artifact.manifest, input=replace(artifact.manifest.input, classes=classes)))
-    report = replace(without_samples(), artifact=with_library(named, kernels={evil: KERNELS["dense"]}), profile_name=evil)
+    report = replace(without_samples(), artifact=with_library(named, kernels={evil: KERNELS["conv2d_add_relu"]}), profile_name=evil)
     page = Page(report.html(evil))
     assert not [tag for tag, _ in page.tags if tag == "script"]
     assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
@@ -148,6 +148,13 @@ def test_a_strangers_names_are_text_and_nothing_else() -> None:
     assert evil in page.text
     policy = next(attributes["content"] for tag, attributes in page.tags if tag == "meta" and "http-equiv" in attributes)
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # and if one got through, it would not run
+
+
+def test_classes_that_do_not_occur_are_told_from_those_that_are_left_out() -> None:
+    some = samples_of("test").subset(np.flatnonzero(samples_of("test").labels < 7))
+    text = " ".join(Page(inspect(calibrated(), some).html()).text.split())
+    assert "3 of the 10 classes do not occur in these samples." in text
+    assert "those that leave first, and those that leave last" not in text
 
 
 def test_easiest_and_hardest_are_the_ends_of_what_leaves_at_an_exit() -> None:
@@ -194,8 +201,9 @@ def test_the_front_of_masks_is_drawn() -> None:
 
 def test_tuning_says_what_it_gained() -> None:
     text = " ".join(Page(reports()["tuned"].html()).text.replace("\N{NARROW NO-BREAK SPACE}", " ").split())
-    assert "43 schedules measured. The 2 kernels that were searched take 109 µs a run of all segments, 60.2 % of the 181 µs" in text
+    assert "41 schedules measured. A run of all segments spends 109 µs in its 2 kernels, 60.2 % of the 181 µs" in text
     assert "conv2d_add_relu" in text
+    assert "<code>dense</code>" not in reports()["tuned"].html()  # it left no choice
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -230,10 +238,22 @@ def test_inspect_answers_samples_and_writes_both(folder: Path) -> None:
     assert "Easiest and hardest pictures" in (folder / "both.html").read_text()
 
 
+def test_inspect_says_each_file_and_the_python_for_both(folder: Path) -> None:
+    done = exitify("inspect", "net.exitify", "--html", "one.html", "--plots", "two", folder=folder)
+    lines = done.out.splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == ["Wrote one.html", "Wrote two/accuracy_by_cost.svg"]
+    assert lines[-1].endswith("; report.save('one.html', 'net.exitify'); report.save_plots('two')")
+
+
+def test_of_an_artifact_without_figures_that_is_said(folder: Path) -> None:
+    done = exitify("inspect", "fresh.exitify", "--plots", "none", folder=folder)
+    assert done.out.splitlines()[0] == "There is nothing to draw in none."
+
+
 def test_an_artifact_without_trained_heads_says_what_is_missing(folder: Path) -> None:
     done = exitify("inspect", "fresh.exitify", "--html", "fresh.html", folder=folder)
     assert done.code == 0
-    assert "It shows what the network is, and not what it does: calibrate it, or give --data." in done.out
+    assert "It shows what the network is, and not what it does: give --data." in done.out
     refused(exitify("inspect", "fresh.exitify", "--html", "x.html", "--data", "judge.npz", folder=folder), "heads are untrained")
     assert not (folder / "x.html").exists()
 

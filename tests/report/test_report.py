@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Policy
 from exitify.calibration.calibrate import calibrate
 from exitify.calibration.temperature import expected_calibration_error
 from exitify.errors import ExitifyError, UnknownProfile
+from exitify.onnx_export.to_artifact import export
+from exitify.pipeline import transform
 from exitify.report.behaviour import behaviour, reliability
 from exitify.report.evidence import answered
 from exitify.report.page import blocks, expected, rows
@@ -19,7 +22,7 @@ from exitify.report.report import inspect, pareto
 from exitify.runtime.policies import softmax
 from exitify.runtime.session import Session
 from tests.artifacts import profile_for
-from tests.digits import artifact_without_exits, fresh_artifact, profile, samples_of, trained_artifact
+from tests.digits import artifact_without_exits, fresh_artifact, network, profile, samples_of, trained_artifact
 from tests.report.reports import calibrated, with_samples, without_samples
 from tests.skipping import pictures, skipping
 
@@ -118,6 +121,42 @@ def test_rows_tell_every_segment_and_every_exit_once_and_lose_no_sample() -> Non
     assert sum(row.leaves or 0.0 for row in found) == pytest.approx(1.0)
     assert found[-1].comes_by == pytest.approx(found[-1].leaves)
     assert [row.note for row in found if row.kind == "trunk"] == ["up to stage2", "up to stage3", "up to the network's end"]
+
+
+def test_without_a_profile_no_head_is_asked_and_the_network_costs_what_it_costs() -> None:
+    report = inspect(trained_artifact(), samples_of("test"))
+    assert sum(block.width * block.height for block in blocks(report)) == pytest.approx(1.0)
+    found = {row.name: row for row in rows(report, ["#000000"] * 3) if row.kind == "exit"}
+    assert [row.is_on for row in found.values()] == [False, False, True]
+    assert found["exit1"].asked == "not asked without a profile"
+    assert found["exit1"].reached == trained_artifact().plan.macs_at(["exit1"])["exit1"] / trained_artifact().plan.full_macs
+    assert found["final"].reached == 1.0
+
+
+def test_a_head_that_a_later_one_reads_is_run_though_its_exit_is_off() -> None:
+    program = transform(network(), torch.zeros(1, 1, 16, 16), exits="stage2,stage3", head="linear", cascade="identity")
+    artifact = export(program)
+    artifact = artifact.with_profile("default", profile(artifact, {"exit2": 0.5}))
+    plan = artifact.plan
+    found = {row.name: row for row in rows(inspect(artifact), ["#000000"] * 3)}
+    assert (found["exit1"].is_on, found["exit1"].asked) == (False, "off, but its head is run: a later one reads what it says")
+    assert found["exit2"].reached == plan.macs_at(["exit2", "final"])["exit2"] / plan.full_macs
+    assert (
+        found["exit2"].reached
+        > (plan.segment("trunk_exit1").cost + plan.segment("trunk_exit2").cost + plan.segment("head_exit2").cost).macs / plan.full_macs
+    )
+    assert "head_exit1" in [block.name for block in blocks(inspect(artifact))]
+
+
+@pytest.mark.parametrize(("policy", "threshold", "said"), [
+    ("top1", 0.99997, "stops at a score (top1) of 0.99997 or more"),
+    ("entropy", -0.25, "stops at an entropy (entropy) of 0.25 or less"),
+])  # fmt: skip
+def test_a_threshold_is_said_as_it_is_meant(policy: Policy, threshold: float, said: str) -> None:
+    artifact = trained_artifact()
+    made = replace(profile(artifact, {"exit1": threshold}), policy=policy)
+    row = next(row for row in rows(inspect(artifact.with_profile("default", made)), ["#000000"] * 3) if row.name == "exit1")
+    assert row.asked == said
 
 
 def test_the_curve_begins_at_the_network_itself_and_holds_what_calibration_estimated() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +36,27 @@ class Task:
 
 def tasks_of(kernels: Kernels, machine: AnyMachine) -> list[Task]:
     """The tasks, those of one key joined."""
-    calls: Counter[str] = Counter()
-
-    def note(expression: Any) -> None:
-        if isinstance(expression, relax.Call) and expression.args and isinstance(expression.args[0], tvm.ir.GlobalVar):
-            calls[expression.args[0].name_hint] += 1
-
-    for function in kernels.module.functions.values():
-        if isinstance(function, relax.Function):
-            relax.analysis.post_order_visit(function, note)
+    calls = calls_of(kernels.module)
     tasks: dict[str, Task] = {}
     for name, kernel in kernels.kernels.items():
         key = task_key(kernel, machine)
         known = tasks.get(key)
         tasks[key] = Task(known.name if known else name, kernel, key, calls[name] + (known.calls if known else 0))
     return list(tasks.values())
+
+
+def calls_of(module: tvm.IRModule, functions: Collection[str] | None = None) -> Counter[str]:
+    """How often each kernel is called by these functions of a module, each run once; None is all of them."""
+    calls: Counter[str] = Counter()
+
+    def note(expression: Any) -> None:
+        if isinstance(expression, relax.Call) and expression.args and isinstance(expression.args[0], tvm.ir.GlobalVar):
+            calls[expression.args[0].name_hint] += 1
+
+    for variable, function in module.functions.items():
+        if isinstance(function, relax.Function) and (functions is None or variable.name_hint in functions):
+            relax.analysis.post_order_visit(function, note)
+    return calls
 
 
 def task_key(kernel: tirx.PrimFunc, machine: AnyMachine) -> str:

@@ -19,15 +19,16 @@ import tvm
 from tvm import tirx
 
 from exitify.artifact.artifact import Artifact
+from exitify.artifact.manifest import TunedKernel
 from exitify.errors import ExitifyError
 from exitify.lower.library import Kernels, lower_segments
-from exitify.lower.pipeline import compile_artifact
+from exitify.lower.pipeline import _found, compile_artifact
 from exitify.lower.processors import Machine, machine_of
 from exitify.lower.tuning import space, worker
-from exitify.lower.tuning.database import BrokenRecord, Database, choice_text
+from exitify.lower.tuning.database import BrokenRecord, Database, Known, choice_text
 from exitify.lower.tuning.measure import LocalRunner, NotMeasured, RpcRunner, Runner, parse_rpc
 from exitify.lower.tuning.search import tune, unheard
-from exitify.lower.tuning.tasks import Task, task_key, tasks_of
+from exitify.lower.tuning.tasks import Task, calls_of, task_key, tasks_of
 from exitify.runtime.session import Session
 from exitify.targets import load_target
 from tests.artifacts import exported, inputs
@@ -338,6 +339,28 @@ def test_a_tuned_artifact_answers_as_the_untuned_one_and_a_second_compile_measur
     expected, found = Session(artifact), Session(tuned, engine="tvm")
     for x in inputs(3):
         np.testing.assert_allclose(found.run(x).logits, expected.run(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_readings_of_several_machines_make_a_history_that_an_artifact_can_hold() -> None:
+    """Folders are put together file by file: what was measured again may contradict what was chosen by it."""
+    choice = {"convolution": {"width": 8}}
+    slower = Known({choice_text(None): 2e-3, choice_text(choice): 3e-3}, 10, choice)
+    assert _found(slower, 4, choice) == TunedKernel(4, 2, ((1, 2.0),), 2.0)
+    failed = Known({choice_text(None): 2e-3, choice_text(choice): math.inf}, 10, choice)
+    assert _found(failed, 4, choice) == TunedKernel(4, 2, ((1, 2.0),), 2.0)
+    unmade = Known({choice_text(None): 2e-3, choice_text(choice): 1e-3}, 10, choice)
+    assert _found(unmade, 4, None) == TunedKernel(4, 2, ((1, 2.0), (2, 1.0)), 2.0)  # this release cannot make that schedule
+    assert _found(unmade, 4, choice) == TunedKernel(4, 2, ((1, 2.0), (2, 1.0)), 1.0)
+    assert _found(Known({choice_text(choice): 1e-3}), 4, None) is None
+    assert _found(unmade, 0, choice) is None  # of a batch's functions alone
+
+
+def test_a_run_of_one_sample_is_counted_without_the_functions_for_batches() -> None:
+    alone = kernels()
+    batched = lower_segments(exported("identity")[1], exported("identity")[1].plan.segments, here(), batches=(2, 4))
+    assert batched.in_batches
+    assert sum(calls_of(batched.module, batched.weights).values()) == sum(calls_of(alone.module).values())
+    assert sum(calls_of(batched.module).values()) > 2 * sum(calls_of(alone.module).values())
 
 
 @pytest.mark.parametrize("after", [1, 9])
