@@ -21,6 +21,7 @@ def test_the_digits_example_ends_in_a_table_and_an_artifact(tmp_path: Path, monk
     for row in ("right answers", "mean time", "slow time (p95)", "stopped at final"):
         assert row in printed
     assert "default" in exitify.Artifact.open(output).profiles
+    assert "Easiest and hardest pictures" in output.with_suffix(".html").read_text()
 
 
 def test_every_folder_of_code_is_named_in_a_folder_guide():

@@ -75,8 +75,11 @@ def main() -> None:
         artifact.save(options.output)
         tables.profile("default", artifact.profile("default"))
 
-        report = exitify.bench(exitify.Artifact.open(options.output), sets["judge"])
+        written = exitify.Artifact.open(options.output)
+        report = exitify.bench(written, sets["judge"])
+        page = exitify.inspect(written, sets["judge"]).save(options.output.with_suffix(".html"), options.output.name)
     show(report, options.output)
+    print(f"Open {page} in a browser: where it stops, what that costs and saves, and which digits are easy.")
 
 
 def show(report: BenchReport, output: Path) -> None:
