@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -103,8 +105,20 @@ def calibration_errors(logits: NDArray[np.floating], labels: NDArray[np.integer]
     return found
 
 
-def expected_calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.integer], bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over bins of equal mass, in [0, 1].
+@dataclass(frozen=True)
+class Reliability:
+    """How often an exit is right where it is so and so sure, over bins that hold as many samples each.
+
+    confidence, accuracy: `(bins,)`, means. error: Mean gap between both over the samples, in [0, 1].
+    """
+
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    error: float
+
+
+def reliability(probabilities: NDArray[np.floating], labels: NDArray[np.integer], bins: int = 15) -> Reliability:
+    """What probabilities are worth, over bins of equal mass.
 
     Args:
         probabilities: `(N, classes)`.
@@ -115,4 +129,10 @@ def expected_calibration_error(probabilities: NDArray[np.floating], labels: NDAr
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
     groups = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(labels)))
-    return float(sum(abs(confidence[g].mean() - correct[g].mean()) * len(g) for g in groups) / len(labels))
+    sure, right = (np.array([values[group].mean() for group in groups]) for values in (confidence, correct))
+    return Reliability(sure, right, float(sum(abs(s - r) * len(group) for s, r, group in zip(sure, right, groups)) / len(labels)))
+
+
+def expected_calibration_error(probabilities: NDArray[np.floating], labels: NDArray[np.integer], bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over bins of equal mass, in [0, 1] (see `reliability`)."""
+    return reliability(probabilities, labels, bins).error

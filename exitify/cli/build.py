@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from exitify.artifact.manifest import Policy
 from exitify.cli import complete, show, tables
 from exitify.cli.verbosity import progress_bar, tuning_bar
 from exitify.errors import ExitifyError
@@ -27,7 +28,7 @@ SKIP = typer.Option(help="Skip paths to leave out, one 0 or 1 each in order: 011
 THREADS = typer.Option(help="CPU threads.", min=1)
 LARGEST_SEED = 2**32 - 1
 METHODS = ("distillation", "jei", "class-means", "joint", "ramp", "equilibrium", "one-for-all", "sample-weights", "skip-distillation")
-POLICIES = ("top1", "entropy", "margin", "renyi_entropy", "patience", "gates", "jei")
+POLICIES = tuple(name for name in get_args(Policy) if name != "temporal")  # which is for streams
 
 
 def transform(

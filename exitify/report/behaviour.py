@@ -116,33 +116,6 @@ def costs(plan: Plan, profile: Profile, outputs: Outputs, times: SegmentTimes | 
     return macs, np.array([found.get(name, np.nan) for name in plan.exit_names])
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """How often an exit is right where it is so and so sure, over bins that hold as many samples each.
-
-    confidence, accuracy: `(bins,)`, means. error: Mean gap between both, in [0, 1] (Naeini et al. 2015, over bins of equal mass).
-    """
-
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    error: float
-
-
-def reliability(logits: NDArray[np.floating], labels: NDArray[np.integer], temperature: float, bins: int = 15) -> Reliability:
-    """What an exit's probabilities are worth at a temperature.
-
-    Args:
-        logits: `(N, classes)`. labels: `(N,)`.
-    """
-    p = softmax(logits, temperature)
-    sure, right = p.max(axis=1), p.argmax(axis=1) == labels
-    groups = np.array_split(np.argsort(sure, kind="stable"), min(bins, len(labels)))
-    confidence = np.array([sure[group].mean() for group in groups])
-    accuracy = np.array([right[group].mean() for group in groups])
-    sizes = np.array([len(group) for group in groups])
-    return Reliability(confidence, accuracy, float((np.abs(confidence - accuracy) * sizes).sum() / len(labels)))
-
-
 def exit_accuracy(outputs: Outputs) -> NDArray[np.float64]:
     """How often each exit is right when all samples are answered there, `(K + 1,)`."""
     return np.asarray((outputs.logits.argmax(axis=2) == outputs.labels).mean(axis=1))

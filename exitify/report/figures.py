@@ -14,13 +14,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from exitify.report.behaviour import Reliability, exit_accuracy
+from exitify.calibration.segment_times import run_times
+from exitify.report.behaviour import exit_accuracy
 from exitify.report.report import pareto
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from exitify.artifact.manifest import MaskTable, TunedKernel
+    from exitify.calibration.temperature import Reliability
     from exitify.report.report import Report
 
 INK = "#010203"
@@ -137,8 +139,6 @@ def accuracy_by_cost(report: Report) -> Figure:
 
 def _one_exit_costs(report: Report) -> np.ndarray:
     """What it costs to answer everything at one exit, `(K + 1,)`, in the unit of the curve."""
-    from exitify.calibration.segment_times import run_times
-
     assert report.evidence is not None
     plan, mask = report.artifact.plan, report.evidence.outputs.mask
     if report.times is None:
@@ -155,8 +155,7 @@ def exits_by_class(report: Report) -> Figure:
     assert report.behaviour is not None
     assert report.evidence is not None
     done, plan = report.behaviour, report.artifact.plan
-    order = classes_by_cost(report)
-    shown = order if len(order) <= MOST_CLASSES else [*order[: MOST_CLASSES // 2], *order[-(MOST_CLASSES // 2) :]]
+    shown = ends_of(classes_by_cost(report), MOST_CLASSES)
     rows = [done.shares(), *(done.shares(done.labels == label) for label in shown)]
     names = ["all", *(class_name(report, label) for label in shown)]
     figure, axes = _figure((WIDE[0], 0.9 + 0.24 * len(rows)))
@@ -183,6 +182,11 @@ def classes_by_cost(report: Report) -> list[int]:
     assert done is not None
     present = [int(label) for label in np.unique(done.labels)]
     return sorted(present, key=lambda label: float(done.macs[done.taken[done.labels == label]].mean()))
+
+
+def ends_of(order: list[int], most: int) -> list[int]:
+    """All of a few; of many the first and the last, half of `most` each."""
+    return order if len(order) <= most else [*order[: most // 2], *order[-(most // 2) :]]
 
 
 def class_name(report: Report, label: int) -> str:

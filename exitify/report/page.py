@@ -248,11 +248,8 @@ def classes(report: Report) -> list[ClassRow]:
     """Classes in the order in which they leave, the middle ones left out of many."""
     done = report.behaviour
     assert done is not None
-    order = figures.classes_by_cost(report)
-    if len(order) > MOST_CLASSES:
-        order = [*order[: MOST_CLASSES // 2], *order[-(MOST_CLASSES // 2) :]]
     found = []
-    for label in order:
+    for label in figures.ends_of(figures.classes_by_cost(report), MOST_CLASSES):
         here = done.labels == label
         found.append(
             ClassRow(figures.class_name(report, label), [float(share) for share in done.shares(here)], int(here.sum()),

@@ -12,13 +12,15 @@ import numpy as np
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Profile, SegmentTimes
 from exitify.calibration.segment_times import measure_segments
+from exitify.calibration.temperature import Reliability, reliability
 from exitify.data import Samples
 from exitify.errors import ExitifyError
 from exitify.files import NotWritten, written_whole
 from exitify.progress import Progress, silent
-from exitify.report.behaviour import Behaviour, Reliability, behaviour, reliability
+from exitify.report.behaviour import Behaviour, behaviour
 from exitify.report.evidence import Evidence, answered, remembered
 from exitify.report.front import Front, front
+from exitify.runtime.policies import softmax
 
 USUAL = "default"
 """The profile that a session takes unless it is told another."""
@@ -122,7 +124,8 @@ def inspect(
     if evidence is not None:
         outputs, temperatures = evidence.outputs, evidence.temperatures
         for exit_name, logits, temperature in zip(artifact.plan.exit_names, outputs.logits, temperatures):
-            calibrated[exit_name] = reliability(logits, outputs.labels, 1.0), reliability(logits, outputs.labels, float(temperature))
+            with_it = softmax(logits, float(temperature))
+            calibrated[exit_name] = reliability(softmax(logits), outputs.labels), reliability(with_it, outputs.labels)
         if chosen is not None:
             done = behaviour(artifact.plan, chosen, evidence, times)
         if artifact.plan.exits:

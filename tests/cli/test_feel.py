@@ -16,8 +16,9 @@ import click
 import pytest
 import typer
 
-from exitify.cli import guide, verbosity
+from exitify.cli import build, guide, verbosity
 from exitify.cli.app import app
+from exitify.train import end_to_end, heads
 from tests.cli.console import COMMAND, exitify, refused
 from tests.digits import write_npz
 from tests.report.reports import calibrated
@@ -116,6 +117,10 @@ def completed(line: str, folder: Path) -> list[str]:
 )
 def test_tab_offers_what_can_come_next(line: str, offered: list[str], folder: Path) -> None:
     assert completed(line, folder) == offered
+
+
+def test_tab_offers_every_method_that_there_is() -> None:
+    assert set(build.METHODS) == {*heads.METHODS, *end_to_end.METHODS}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -11,11 +11,11 @@ import torch
 from exitify.artifact.artifact import Artifact
 from exitify.artifact.manifest import Policy
 from exitify.calibration.calibrate import calibrate
-from exitify.calibration.temperature import expected_calibration_error
+from exitify.calibration.temperature import expected_calibration_error, reliability
 from exitify.errors import ExitifyError, UnknownProfile
 from exitify.onnx_export.to_artifact import export
 from exitify.pipeline import transform
-from exitify.report.behaviour import behaviour, reliability
+from exitify.report.behaviour import behaviour
 from exitify.report.evidence import answered
 from exitify.report.page import blocks, expected, rows
 from exitify.report.report import inspect, pareto
@@ -189,9 +189,16 @@ def test_times_of_segments_make_it_milliseconds() -> None:
 def test_reliability_is_the_calibration_error_that_is_known() -> None:
     outputs = with_samples().evidence.outputs  # type: ignore[union-attr]
     for logits in outputs.logits:
-        found = reliability(logits, outputs.labels, 2.0)
+        found = reliability(softmax(logits, 2.0), outputs.labels)
         assert found.error == pytest.approx(expected_calibration_error(softmax(logits, 2.0), outputs.labels))
         assert np.all(np.diff(found.confidence) >= 0)
+        p = softmax(logits, 2.0)
+        ranked = sorted(zip(p.max(axis=1), p.argmax(axis=1) == outputs.labels), key=lambda pair: pair[0])  # by hand: 397 = 7 * 27 + 8 * 26
+        sizes, at, gap = [27] * 7 + [26] * 8, 0, 0.0
+        for size in sizes:
+            gap += abs(sum(sure for sure, _ in ranked[at : at + size]) - sum(right for _, right in ranked[at : at + size]))
+            at += size
+        assert found.error == pytest.approx(gap / 397)
 
 
 def test_the_newest_profile_is_shown_where_none_is_called_default() -> None:
